@@ -1,0 +1,38 @@
+# make demo: answer a question about the bundled clip. make test: lint, import rules, types and the whole suite.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint types clean
+
+help: ## Show the targets.
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "merv_fast needs Python 3.11 or newer; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
+	touch $@
+
+demo: $(VENV)/installed ## Ask merv-tiny about the bundled clip.
+	$(BIN)/merv-fast ask merv_fast/assets/clip.mp4 "What happens in this video?"
+
+test: lint types $(VENV)/installed ## Lint, import rules, types, and every test but the slow ones.
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/installed ## The long checks.
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/installed ## Style and import rules.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(VENV)/installed ## Types of the public API.
+	$(BIN)/mypy
+
+clean: ## Remove the environment and caches.
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
