@@ -1,0 +1,105 @@
+"""Open whatever counts as a video, and read the frames of a clip from it."""
+
+import os
+import re
+from pathlib import Path
+
+from torch import Tensor
+
+from merv_fast.errors import VideoError
+from merv_fast.video.base import DEFAULT_LIMITS, Video, VideoLimits, check_file
+from merv_fast.video.images import PICTURES, FolderVideo, PictureVideo
+from merv_fast.video.pyav import PyAVVideo
+from merv_fast.video.sampling import clip_bounds, sample_indices
+
+__all__ = ["load_frames", "open_video"]
+
+FOLDER_FPS = 3.0
+"""Rate of a folder of frames if none is given: that of VLEP, the data set which comes as folders."""
+
+
+def open_video(
+    path: str | os.PathLike[str],
+    *,
+    fps: float | None = None,
+    limits: VideoLimits = DEFAULT_LIMITS,
+    strict: bool = False,
+) -> Video:
+    """Open a local video file, GIF, picture, or folder of frames.
+
+    Args:
+        path: A video file or .gif; a .jpg, .jpeg or .png picture, which is a video of one repeated frame; or
+            a folder of such pictures, in natural order of their names.
+        fps: Frames per second of a folder; 3 (VLEP's) if not given. Other kinds know their own.
+        limits: Sizes to refuse.
+        strict: Raise, rather than log a warning, if frames are missing.
+
+    Returns:
+        A `Video`: ``len``, ``fps``, ``size``, ``duration``, ``decoder`` and ``frames_at``.
+
+    Raises:
+        VideoError: The path cannot be opened as a video; the reason says why. Playlists, scripts and URLs,
+            also ones hidden in a file with a video's name, are refused.
+        ValueError: ``fps`` is not positive, or given for something other than a folder.
+    """
+    path = os.fsdecode(path)
+    if fps is not None and not 0 < fps < float("inf"):
+        raise ValueError(f"open_video: fps must be positive and finite, got {fps}")
+    if not os.path.lexists(path):
+        # Two letters at least, so that C: stays a drive.
+        url = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", path)
+        raise VideoError(path, "is a URL; only local files are read" if url else "does not exist")
+    if os.path.isdir(path):
+        return FolderVideo(path, FOLDER_FPS if fps is None else fps, limits)
+    if fps is not None:
+        raise ValueError(f"open_video: fps must be None unless path is a folder of frames, got {fps}")
+    check_file(path, limits)
+    if Path(path).suffix.lower() in PICTURES:
+        return PictureVideo(path, limits)
+    return PyAVVideo(path, limits, strict)
+
+
+def load_frames(
+    path: str | os.PathLike[str],
+    count: int,
+    *,
+    clip_start_sec: float | None = 0.0,
+    clip_end_sec: float | None = None,
+    end_frame: int | None = None,
+    fps: float | None = None,
+    limits: VideoLimits = DEFAULT_LIMITS,
+    strict: bool = False,
+) -> Tensor:
+    """Read ``count`` evenly spaced frames of a clip, by the rule of `sample_indices`.
+
+    A clip must start inside the video and end after its start; an end past the video's counts as the
+    video's. With ``end_frame >= 0``, and for a single picture, the bounds in seconds are not looked at.
+
+    Args:
+        path: As `open_video` takes it.
+        count: Frames to return, at least 1.
+        clip_start_sec: Start of the clip in seconds; None or NaN for the video's.
+        clip_end_sec: End of the clip in seconds; None or NaN for the video's.
+        end_frame: Last frame of a clip that starts at frame 0; negative or None for none.
+        fps: As in `open_video`.
+        limits: As in `open_video`.
+        strict: As in `open_video`.
+
+    Returns:
+        uint8 [count, H, W, 3], RGB, on the CPU.
+
+    Raises:
+        VideoError: The video cannot be read, or the bounds lie outside it.
+        ValueError: ``count`` or ``fps`` is out of its range.
+    """
+    video = open_video(path, fps=fps, limits=limits, strict=strict)
+    if not video.fps:
+        return video.frames_at([0] * count)
+    if end_frame is None or end_frame < 0:
+        start, end = clip_bounds(clip_start_sec, clip_end_sec)
+        if not 0 <= start < video.duration or (end is not None and end <= start):
+            clip = f"{start} s to {'its end' if end is None else f'{end} s'}"
+            raise VideoError(
+                video.path, f"clip bounds {clip} lie outside the video, which lasts {video.duration:.3f} s"
+            )
+    return video.frames_at(sample_indices(len(video), video.fps, count, clip_start_sec, clip_end_sec, end_frame))

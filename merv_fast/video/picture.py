@@ -1,0 +1,30 @@
+"""From a decoded FFmpeg frame to RGB pixels."""
+
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from av.video.frame import VideoFrame
+    from av.video.reformatter import VideoReformatter
+
+__all__ = ["to_rgb"]
+
+UNSPECIFIED = 2
+# AVColorSpace values that libswscale converts: RGB, BT.709, -, FCC, BT.470BG, SMPTE 170M, 240M, BT.2020.
+CONVERTIBLE = frozenset({0, 1, UNSPECIFIED, 4, 5, 6, 7, 9})
+
+
+def to_rgb(frame: "VideoFrame", reformatter: "VideoReformatter", size: tuple[int, int]) -> NDArray[np.uint8]:
+    """RGB [height, width, 3] of ``frame``, scaled to ``size`` if its own differs.
+
+    The matrix (BT.601, BT.709, BT.2020 ...) and the range (limited, full) are those the frame names. Where it
+    names none, libswscale's defaults hold: BT.601 and limited range (full for the ``yuvj`` formats); a matrix
+    that libswscale does not know counts as none. More than 8 bits are scaled to 8; alpha is dropped.
+    """
+    if frame.colorspace not in CONVERTIBLE:
+        frame.colorspace = UNSPECIFIED
+    height, width = size
+    rgb = reformatter.reformat(frame, width=width, height=height, format="rgb24")
+    return cast("NDArray[np.uint8]", rgb.to_ndarray())

@@ -1,0 +1,114 @@
+"""Videos and GIFs through PyAV, whose wheel carries FFmpeg."""
+
+import logging
+import os
+from bisect import bisect_left
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from merv_fast.errors import VideoError
+from merv_fast.video.base import Video, VideoLimits
+from merv_fast.video.container import decode_all, open_container
+from merv_fast.video.picture import to_rgb
+from merv_fast.video.survey import survey
+
+if TYPE_CHECKING:
+    from av.video.frame import VideoFrame
+
+__all__ = ["PyAVVideo"]
+
+logger = logging.getLogger("merv_fast")
+
+
+class PyAVVideo(Video):
+    """A video file, decoded from its start up to the last frame asked for.
+
+    The container's own frame count is not believed: `merv_fast.video.survey` counts. A frame that
+    nevertheless turns out not to decode is replaced by the nearest one before it (at the start, after it). In
+    both cases a warning says how many frames are missing; under ``strict`` it is a VideoError. A stream that
+    changes its size midway is scaled to the size of its first frame.
+    """
+
+    def __init__(self, path: str, limits: VideoLimits, strict: bool) -> None:
+        self.path = path
+        self._limits = limits
+        self._strict = strict
+        self._survey = survey(path, limits)
+        self.fps, self.duration = self._survey.fps, self._survey.duration
+        self.size = self._survey.orientation.size(*self._survey.coded_size)
+        # With several threads PyAV loses the frames in flight when one of them fails.
+        self._threads = 1 if self._survey.damaged else decoding_threads()
+        self.decoder = f"PyAV ({self._survey.codec}, {self._threads} thread{'s' * (self._threads > 1)})"
+        self._report(self._survey.promised - self._survey.frames, self._survey.promised)
+
+    def __len__(self) -> int:
+        return self._survey.frames
+
+    def _report(self, missing: int, total: int) -> None:
+        if missing and self._strict:
+            raise VideoError(self.path, f"is truncated or damaged: {missing} of {total} frames are missing")
+        if missing:
+            logger.warning("%s: truncated or damaged, %d of %d frames are missing", self.path, missing, total)
+
+    def _read(self, wanted: list[int]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        from av.video.reformatter import VideoReformatter
+
+        reformatter = VideoReformatter()
+        missing = 0
+        for index, frame, exact in self._pick(wanted):
+            missing += not exact
+            pixels = to_rgb(frame, reformatter, self._survey.coded_size)
+            yield index, self._survey.orientation.apply(pixels)
+        self._report(missing, len(wanted))
+
+    def _pick(self, wanted: list[int]) -> "Iterator[tuple[int, VideoFrame, bool]]":
+        """Each wanted index with its frame; an index may come again with a better one."""
+        if self._threads > 1:
+            errors: list[Exception] = []
+            for index, frame, exact in self._decode(wanted, self._threads, errors):
+                # Without presentation times a lost frame would shift all that follow.
+                if not exact or (errors and self._survey.times is None):
+                    break
+                yield index, frame, exact
+            else:
+                return
+        yield from self._decode(wanted, 1, [])
+
+    def _decode(
+        self, wanted: list[int], threads: int, errors: list[Exception]
+    ) -> "Iterator[tuple[int, VideoFrame, bool]]":
+        """Each wanted index with its frame and True, or with the nearest frame and False."""
+        with open_container(self.path, self._limits) as (container, stream):
+            stream.thread_type = "AUTO" if threads > 1 else "NONE"
+            stream.thread_count = threads
+            place, current, previous = 0, -1, None
+            for frame in decode_all(container, stream, errors):
+                current = self._index(frame, current + 1)
+                while wanted[place] <= current:
+                    exact = wanted[place] == current
+                    yield wanted[place], frame if exact else previous or frame, exact
+                    place += 1
+                    if place == len(wanted):
+                        return
+                previous = frame
+            if previous is None:
+                raise VideoError(self.path, "holds no frame that can be decoded")
+            for index in wanted[place:]:
+                yield index, previous, False
+
+    def _index(self, frame: "VideoFrame", following: int) -> int:
+        """The number of a frame by its presentation time, else the following one."""
+        times = self._survey.times
+        if times is None or frame.pts is None:
+            return following
+        index = bisect_left(times, frame.pts)
+        return index if index < len(times) and times[index] == frame.pts else following
+
+
+def decoding_threads() -> int:
+    """One for each processor this process may run on, at most 16 (FFmpeg's own bound)."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(usable, 16)

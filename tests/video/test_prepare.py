@@ -1,0 +1,189 @@
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+
+from merv_fast.video import Recipe, prepare
+from tests.budgets import NORMALISED_FRAMES
+from tests.golden_files import load
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+RECIPES = {
+    "dinov2": Recipe(224, 224, "resize-naive", "bicubic", True, *IMAGENET),
+    "siglip": Recipe(224, 224, "resize-naive", "bicubic", True, *HALF),
+    "vivit": Recipe(224, 256, "resize-naive", "bilinear", True, *HALF),
+    "languagebind": Recipe(224, 224, "resize-naive", "bilinear", False, *OPENAI),
+}
+SMALL = Recipe(32, 36, "resize-crop", "bilinear", True, *IMAGENET)
+FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+def frames(*shape, seed=0):
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def levels(prepared):
+    """Undo the normalisation of a recipe with mean 0 and std 1."""
+    return (prepared * 255).round().to(torch.uint8).movedim(-3, -1)
+
+
+def plain(recipe):
+    return replace(recipe, mean=(0, 0, 0), std=(1, 1, 1))
+
+
+@pytest.mark.parametrize("encoder", RECIPES)
+def test_golden_normalised(encoder):
+    golden, _ = load("preprocess")
+    expected = golden[f"{encoder}.normalized"].reshape(3, 224, 224)
+    got = prepare(golden["frame"], RECIPES[encoder])
+    assert got.dtype == torch.float32
+    assert got.is_contiguous()
+    torch.testing.assert_close(got, expected, rtol=0, atol=NORMALISED_FRAMES)
+
+
+@pytest.mark.parametrize("encoder", ["dinov2", "siglip", "vivit"])
+def test_golden_8_bit(encoder):
+    golden, _ = load("preprocess")
+    assert torch.equal(levels(prepare(golden["frame"], plain(RECIPES[encoder]))), golden[f"{encoder}.uint8"])
+
+
+def pillow(frame, recipe):
+    """torchvision's letterbox, Resize(int), CenterCrop and ToTensor rules, spelled with Pillow."""
+    picture = Image.fromarray(frame.numpy())
+    width, height = picture.size
+    if recipe.resize == "letterbox":
+        side = max(width, height)
+        across, down = int((side - width) / 2), int((side - height) / 2)
+        fill = tuple(int(255 * value) for value in recipe.mean)
+        picture = ImageOps.expand(picture, (across, down, across, down), fill)
+        width, height = picture.size
+    if width <= height:
+        size = (recipe.short_side, int(recipe.short_side * height / width))
+    else:
+        size = (int(recipe.short_side * width / height), recipe.short_side)
+    picture = picture.resize(size, FILTERS[recipe.method])
+    if min(size) < recipe.size:
+        across, down = max(recipe.size - size[0], 0), max(recipe.size - size[1], 0)
+        picture = ImageOps.expand(picture, (across // 2, down // 2, (across + 1) // 2, (down + 1) // 2), 0)
+    left = round((picture.width - recipe.size) / 2.0)
+    top = round((picture.height - recipe.size) / 2.0)
+    picture = picture.crop((left, top, left + recipe.size, top + recipe.size))
+    normalised = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float().div(255)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (recipe.mean, recipe.std))
+    return (normalised - mean) / std
+
+
+@pytest.mark.parametrize("method", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("short_side", [32, 36, 27], ids=["exact", "larger", "padded"])
+@pytest.mark.parametrize("resize", ["letterbox", "resize-crop"])
+@pytest.mark.parametrize("shape", [(48, 85), (85, 48), (60, 61), (40, 40), (31, 97)], ids=str)
+def test_geometry_is_torchvision_s(shape, resize, short_side, method):
+    recipe = replace(SMALL, resize=resize, method=method, short_side=short_side)
+    batch = frames(2, *shape, 3)
+    expected = torch.stack([pillow(frame, recipe) for frame in batch])
+    torch.testing.assert_close(prepare(batch, recipe), expected, rtol=0, atol=NORMALISED_FRAMES)
+
+
+def languagebind(batch, recipe):
+    """The reference's order: normalise whole frames, interpolate, crop."""
+    planes = batch.permute(0, 3, 1, 2) / 255.0
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (recipe.mean, recipe.std))
+    planes = (planes - mean) / std
+    height, width = planes.shape[-2:]
+    size = recipe.short_side
+    target = (int(height / width * size), size) if width < height else (size, int(width / height * size))
+    planes = F.interpolate(planes, size=target, mode="bilinear", align_corners=False)
+    top, left = (round((length - recipe.size) / 2.0) for length in target)
+    return planes[..., top : top + recipe.size, left : left + recipe.size]
+
+
+@pytest.mark.parametrize("shape", [(272, 640), (640, 272), (101, 57), (60, 61), (224, 224), (225, 224)], ids=str)
+@pytest.mark.parametrize("resize", ["resize-naive", "letterbox"])
+def test_languagebind_has_one_geometry(shape, resize):
+    recipe = replace(RECIPES["languagebind"], resize=resize)
+    batch = frames(2, *shape, 3)
+    torch.testing.assert_close(prepare(batch, recipe), languagebind(batch, recipe), rtol=0, atol=NORMALISED_FRAMES)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        SMALL,
+        replace(SMALL, resize="letterbox"),
+        replace(SMALL, resize="resize-naive"),
+        replace(SMALL, antialias=False),
+    ],
+    ids=["resize-crop", "letterbox", "resize-naive", "no-antialias"],
+)
+def test_leading_dimensions_and_strides(recipe, device):
+    batch = frames(2, 3, 48, 85, 3)
+    one_by_one = torch.stack([torch.stack([prepare(frame, recipe) for frame in clip]) for clip in batch])
+    strided = batch.to(device).movedim(-1, -3).contiguous().movedim(-3, -1)
+    assert strided.stride() != batch.stride()
+    for view in (batch.to(device), strided):
+        got = prepare(view, recipe)
+        assert got.device == view.device
+        assert torch.equal(got.cpu(), one_by_one)
+    assert prepare(batch[:, :0], recipe).shape == (2, 0, 3, 32, 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_result_dtype_is_rounded_once(dtype):
+    batch = frames(2, 48, 85, 3)
+    assert torch.equal(prepare(batch, SMALL, dtype), prepare(batch, SMALL).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_floating_point_frames_are_exact(dtype):
+    every_level = torch.arange(256, dtype=torch.uint8).view(16, 16, 1).expand(16, 16, 3)
+    assert torch.equal(prepare(every_level / torch.tensor(255, dtype=dtype), SMALL), prepare(every_level, SMALL))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bfloat16, torch.bool], ids=str)
+def test_refuses_other_dtypes(dtype):
+    with pytest.raises(TypeError, match=r"prepare: frames must be uint8, or float16, 32 or 64 in 0\.\.1, got"):
+        prepare(frames(48, 85, 3).to(dtype), SMALL)
+
+
+@pytest.mark.parametrize("value", [1.5, -0.5, float("nan")])
+def test_refuses_values_outside_0_to_1(value):
+    batch = frames(48, 85, 3) / 255.0
+    batch[3, 4, 1] = value
+    with pytest.raises(ValueError, match=r"prepare: floating-point frames must lie in 0\.\.1, got"):
+        prepare(batch, SMALL)
+
+
+@pytest.mark.parametrize("shape", [(3, 48, 85), (48, 3), (0, 85, 3)], ids=str)
+def test_refuses_other_shapes(shape):
+    with pytest.raises(ValueError, match=r"prepare: frames must be \[\.\.\., H, W, 3\], got shape"):
+        prepare(frames(*shape), SMALL)
+
+
+def test_recipe_survives_json():
+    recipe = RECIPES["languagebind"]
+    assert Recipe(**json.loads(json.dumps(asdict(recipe)))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size": 0}, "Recipe: size must be at least 1, got 0"),
+        (
+            {"resize": "stretch"},
+            "Recipe: resize must be one of resize-naive, letterbox, resize-crop, got 'stretch'",
+        ),
+        ({"method": "nearest"}, "Recipe: method must be one of bicubic, bilinear, got 'nearest'"),
+        ({"mean": (0.5,)}, r"Recipe: mean must have 3 values, got \(0.5,\)"),
+        ({"antialias": False, "method": "bicubic"}, "Recipe: without antialias, method must be 'bilinear'"),
+        ({"antialias": False, "short_side": 20}, "got 'bilinear' and 20 < 32"),
+    ],
+)
+def test_recipe_says_what_is_wrong(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SMALL, **change)
