@@ -22,7 +22,7 @@ class Recipe:
     Args:
         size: Side of the square that the encoder sees.
         short_side: Length that letterbox and resize-crop (and ``antialias=False``) give the short side
-            before the centre is cut out; ViViT and Hiera have 256 here, the others ``size``.
+            before the centre is cut out; Hiera has 256 here, the others ``size``.
         resize: "resize-naive" (straight to the square), "letterbox" (pad to a square with the mean colour,
             then as resize-crop) or "resize-crop" (short side to ``short_side``, then the centre).
         method: "bicubic" or "bilinear".

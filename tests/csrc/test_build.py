@@ -19,7 +19,8 @@ def test_an_op_compiles_loads_and_runs(tmp_path):
     library = tmp_path / "probe.so"
     hook["build"]([HERE / "probe.cpp"], library)
     code = (
-        f"import torch; torch.ops.load_library({str(library)!r}); "
+        "import pathlib, torch, merv_fast.ops._native as native; "
+        f"native.LIBRARY = pathlib.Path({str(library)!r}); native.load_native(); "
         "print(torch.ops.merv_fast_probe.twice(torch.tensor([1.0, 2.5])).tolist())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)

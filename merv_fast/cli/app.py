@@ -1,0 +1,148 @@
+"""Commands, options and errors; what a command does is in the module of its name."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from merv_fast.cli.ask import Loader
+
+app = typer.Typer(
+    help="MERV, the multi-encoder video language model: ask questions about videos.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+VideoArgument = Annotated[
+    Path, typer.Argument(help="A video, a gif, a picture, or a folder of frames.", show_default=False)
+]
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        help="merv-tiny (bundled, random weights), merv-full or another published id, a directory, or a hub id."
+    ),
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+DtypeOption = Annotated[str, typer.Option(help="auto (bfloat16 on a GPU, else float32), float32, bfloat16 or float16.")]
+LlmOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder with the language model's config.json and tokenizer.", show_default=False),
+]
+EncoderOption = Annotated[
+    list[str] | None,
+    typer.Option(help="ID=PATH: weights of an encoder, by the reference's id; repeatable.", show_default=False),
+]
+StartOption = Annotated[float, typer.Option(help="Where the clip starts, in seconds.")]
+FpsOption = Annotated[
+    float | None, typer.Option(help="Frames per second of a folder of frames [default: 3].", show_default=False)
+]
+EndOption = Annotated[float | None, typer.Option(help="Where it ends [default: the video's end].", show_default=False)]
+
+
+@app.command()
+def ask(
+    video: VideoArgument,
+    question: Annotated[str, typer.Argument(help="What to ask.", show_default=False)],
+    model: ModelOption = "merv-tiny",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    start: StartOption = 0.0,
+    end: EndOption = None,
+    fps: FpsOption = None,
+    llm_path: LlmOption = None,
+    encoder: EncoderOption = None,
+) -> None:
+    """Answer a question about a video."""
+    from merv_fast.cli.ask import answer_question, show_answer
+
+    answer, trained = answer_question(
+        video, question, _loader(model, device, dtype, llm_path, encoder), max_new_tokens, clip(start, end, fps)
+    )
+    if as_json:
+        typer.echo(json.dumps(answer.__dict__, ensure_ascii=False))
+    else:
+        show_answer(answer)
+    if not trained:
+        typer.echo(f"note: {answer.model} has random weights; its answers are noise.", err=True)
+
+
+@app.command()
+def explain(
+    video: VideoArgument,
+    model: ModelOption = "merv-tiny",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    start: StartOption = 0.0,
+    end: EndOption = None,
+    fps: FpsOption = None,
+    llm_path: LlmOption = None,
+    encoder: EncoderOption = None,
+) -> None:
+    """Show the weight of each encoder for a video, and what runs where and why."""
+    from merv_fast.cli.ask import show_explanation
+
+    show_explanation(video, _loader(model, device, dtype, llm_path, encoder), clip(start, end, fps))
+
+
+@app.command()
+def convert(
+    run_dir: Annotated[
+        str, typer.Argument(help="A run directory of the reference, or a published id.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(help="Where to write ours.", show_default=False)],
+    dtype: DtypeOption = "auto",
+    llm_path: LlmOption = None,
+    encoder: EncoderOption = None,
+) -> None:
+    """Write a reference checkpoint as a directory that merv_fast and transformers load."""
+    from merv_fast.cli.convert import convert_run
+
+    convert_run(run_dir, out, dtype, llm_path, _pairs(encoder))
+
+
+@app.command()
+def doctor() -> None:
+    """Show what is installed, what will be used, and what to install for more."""
+    from merv_fast.cli.doctor import show_components
+
+    show_components()
+
+
+def main() -> None:
+    """Run the command line; an expected error is one line on stderr and exit code 1."""
+    from merv_fast.errors import MervFastError
+
+    try:
+        app()
+    except (MervFastError, ValueError, OSError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        typer.echo(f"error: {first_line}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _loader(model: str, device: str, dtype: str, llm_path: Path | None, encoder: list[str] | None) -> Loader:
+    from merv_fast.cli.ask import Loader
+
+    return Loader(model, device, dtype, llm_path, _pairs(encoder))
+
+
+def clip(start: float, end: float | None, fps: float | None) -> dict[str, float | None]:
+    """The options that say which part of a video, as ``load_frames`` takes them."""
+    return {"clip_start_sec": start, "clip_end_sec": end, "fps": fps}
+
+
+def _pairs(encoder: list[str] | None) -> dict[str, str]:
+    pairs = dict(item.partition("=")[::2] for item in encoder or [])
+    if wrong := [key for key, value in pairs.items() if not value]:
+        raise typer.BadParameter(f"--encoder must be ID=PATH, got {wrong[0]!r}")
+    return pairs

@@ -1,0 +1,144 @@
+"""ask and explain: load, answer, show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
+
+from merv_fast.models import Answer, MervModel, explain, load_vid
+from merv_fast.runtime.environment import default_device, default_dtype
+from merv_fast.video import open_video
+
+__all__ = ["Loader", "answer_question", "show_answer", "show_explanation"]
+
+BAR = 24
+
+
+@dataclass(frozen=True)
+class Loader:
+    """The options that say which model, and where it runs."""
+
+    model: str
+    device: str
+    dtype: str
+    llm_path: Path | None
+    encoder_paths: dict[str, str]
+
+    def load(self) -> MervModel:
+        """The model, on its device."""
+        device = parse_device(self.device)
+        dtype = default_dtype(device) if self.dtype == "auto" else parse_dtype(self.dtype)
+        vidlm = load_vid(self.model, llm_path=self.llm_path, encoder_paths=self.encoder_paths)
+        return vidlm.to(device, dtype=dtype)
+
+
+def parse_device(name: str) -> torch.device:
+    """The device of that name, if this machine has it."""
+    if name == "auto":
+        return default_device()
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: torch sees no GPU here; use --device cpu, or see merv-fast doctor")
+    return device
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The floating-point type of that name."""
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in names:
+        raise ValueError(f"--dtype must be auto or one of {', '.join(names)}, got {name!r}")
+    return names[name]
+
+
+def answer_question(
+    video: Path, question: str, loader: Loader, max_new_tokens: int, clip: dict[str, Any]
+) -> tuple[Answer, bool]:
+    """The answer, and whether the model was trained."""
+    open_video(video, fps=clip["fps"])  # a bad file is worth knowing of before a model of 30 GB is loaded
+    with waiting(f"loading {loader.model}"):
+        vidlm = loader.load()
+    builder = vidlm.get_prompt_builder()
+    builder.add_turn(role="human", message=question)
+    with waiting(f"answering on {vidlm.device}"):
+        (answer,) = vidlm.answer(
+            video,
+            builder.get_prompt(),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            **clip,
+        )
+    return answer, vidlm.config.trained
+
+
+def show_answer(answer: Answer) -> None:
+    """Answer, weights and times for a person."""
+    console = Console()
+    console.print(answer.answer or "(an empty answer)", markup=False, highlight=False)
+    console.print()
+    if answer.encoder_weights:
+        console.print(weights_table(answer.encoder_weights))
+    times = Table(title=f"{answer.model} on {answer.device}", title_justify="left")
+    times.add_column("stage")
+    times.add_column("ms", justify="right")
+    for stage, milliseconds in answer.timings_ms.items():
+        times.add_row(stage, f"{milliseconds:.1f}")
+    times.add_section()
+    times.add_row("total", f"{math.fsum(answer.timings_ms.values()):.1f}")
+    console.print(times)
+
+
+def show_explanation(path: Path, loader: Loader, clip: dict[str, Any]) -> None:
+    """Decoder, encoder weights, and every choice."""
+    console = Console()
+    video = open_video(path, fps=clip["fps"])
+    with waiting(f"loading {loader.model}"):
+        vidlm = loader.load()
+    with waiting(f"encoding on {vidlm.device}"):
+        tokens = vidlm.encode(path, **clip)
+    height, width = video.size
+    if tokens.encoder_weights:
+        console.print(weights_table(tokens.encoder_weights))
+    table = Table(title=f"{vidlm.model_id}: what runs where and why", title_justify="left")
+    for column in ("part", "runs", "where", "why"):
+        table.add_column(column)
+    table.add_row("decode", video.decoder, "cpu", f"{len(video)} frames of {width}x{height} at {video.fps:g}/s")
+    for choice in explain(vidlm):
+        table.add_row(choice.part, choice.runs, choice.where, choice.why)
+    console.print(table)
+
+
+def weights_table(weights: dict[str, float]) -> Table:
+    """A bar for each encoder's share."""
+    table = Table(title="weight of each encoder", title_justify="left")
+    table.add_column("encoder")
+    table.add_column("weight", justify="right")
+    table.add_column("", width=BAR)
+    for name, weight in weights.items():
+        table.add_row(name, f"{weight:.3f}", "█" * round(weight * BAR))
+    return table
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """A spinner with the time gone by, on stderr, while the block runs."""
+    disable_progress_bar()  # transformers' own, of which this one takes the place
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        progress.add_task(what, total=None)
+        yield
+    if console.is_terminal:
+        enable_progress_bar()

@@ -1,0 +1,31 @@
+"""doctor: what is here and what is missing."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from merv_fast.runtime.environment import components, default_device, default_dtype
+
+__all__ = ["show_components"]
+
+
+def show_components() -> None:
+    """One row for each part that is used or could be."""
+    console = Console()
+    table = Table(title="merv_fast on this machine", title_justify="left")
+    for column in ("part", "version", "used for", "to get it"):
+        table.add_column(column)
+    for part in components():
+        missing = part.version is None
+        table.add_row(
+            part.name,
+            "missing" if missing else part.version,
+            part.purpose,
+            escape(part.remedy) if missing else "",
+        )
+    console.print(table)
+    device = default_device()
+    dtype = str(default_dtype(device)).removeprefix("torch.")
+    console.print(f"models run on {device} in {dtype} unless told otherwise; videos are decoded by PyAV on the CPU")

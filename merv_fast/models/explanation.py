@@ -1,0 +1,66 @@
+"""explain: what runs where and why, decided when the model was built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from merv_fast.models.merv_model import MervModel
+from merv_fast.models.modeling import MervForConditionalGeneration, MervVideoModel
+
+__all__ = ["Choice", "Explanation", "explain"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One line: ``part`` of the model ``runs`` as this, ``where``, and ``why``."""
+
+    part: str
+    runs: str
+    where: str
+    why: str
+
+
+class Explanation(tuple[Choice, ...]):
+    """Choices in the order in which they come into play; ``str`` makes a table of them."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        rows = [("part", "runs", "where", "why")] + [(c.part, c.runs, c.where, c.why) for c in self]
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        return "\n".join(
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in rows
+        )
+
+
+def explain(model: MervModel | MervForConditionalGeneration | MervVideoModel) -> Explanation:
+    """What runs where and why, for each part of ``model``.
+
+    Example:
+        >>> import merv_fast
+        >>> choices = merv_fast.explain(merv_fast.load_vid("merv-tiny"))
+        >>> choices[0].part
+        'prepare'
+    """
+    if isinstance(model, MervModel):
+        model = model.model
+    return Explanation(_choices(model))
+
+
+def _choices(model: Any) -> Iterator[Choice]:
+    video = model if isinstance(model, MervVideoModel) else model.video_model
+    where = f"{video.device}, {str(video.dtype).removeprefix('torch.')}"
+    yield Choice("prepare", "resample_frames, normalise", str(video.device), "frames go to the device once, as uint8")
+    for name, config in video.config.encoder_configs().items():
+        blocks = "" if not hasattr(config, "blocks") else f"{config.blocks} of {config.depth} blocks, "
+        size = f"{config.num_frames} frames -> {config.slots} slots x {config.tokens_per_slot} tokens x {config.width}"
+        yield Choice(f"encoder {name}", f"{blocks}attention: sdpa", where, size)
+    for part, op, reason in video.tail.plan:
+        yield Choice(part, op, where, reason)
+    if model is not video:
+        llm = model.language_model
+        attention = f"attention: {llm.config._attn_implementation}"
+        llm_where = f"{llm.device}, {str(llm.dtype).removeprefix('torch.')}"
+        yield Choice("language model", f"{type(llm).__name__}, {attention}", llm_where, "transformers' own module")

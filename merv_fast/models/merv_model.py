@@ -1,0 +1,322 @@
+"""MervModel: the drop-in for the reference's model object, for one video or many."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from merv_fast.models.modeling import MervForConditionalGeneration, MervVideoOutput
+from merv_fast.models.processing import MervProcessor
+from merv_fast.models.prompts import PROMPT_BUILDERS, PromptBuilder
+from merv_fast.runtime.trace import StageTimer
+from merv_fast.video import load_frames
+
+__all__ = ["Answer", "MervModel", "VisualTokens"]
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """One video, encoded: give it to ``MervModel.generate`` in place of a path, as often as there are questions.
+
+    Args:
+        tokens: [S, D], what the language model sees of the video.
+        encoder_weights: share of each encoder in the tokens, or None where the fusion has no weights.
+    """
+
+    tokens: Tensor
+    encoder_weights: dict[str, float] | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and how it came about.
+
+    Args:
+        answer: the text.
+        encoder_weights: as in ``VisualTokens``.
+        timings_ms: wall-clock milliseconds of ``decode``, ``prepare``, ``encode``, ``fuse`` and ``generate``; of the
+            whole batch, where the question was one of several.
+        model: the model's id.
+        device: where it ran.
+    """
+
+    answer: str
+    encoder_weights: dict[str, float] | None
+    timings_ms: dict[str, float]
+    model: str
+    device: str
+
+
+VideoSource = str | Path | VisualTokens | None
+"""A path, a video already encoded, or None for no video (the reference then sees zeros)."""
+
+
+class MervModel(nn.Module):
+    """MERV, called as in the reference's quick start, and with lists.
+
+    Made by ``load_vid``; ``.to(device, dtype=...)`` moves it like any module.
+
+    Args:
+        model: the transformers model.
+        processor: its processor.
+
+    Example:
+        >>> import merv_fast
+        >>> vidlm = merv_fast.load_vid("merv-tiny")
+        >>> builder = vidlm.get_prompt_builder()
+        >>> _ = builder.add_turn(role="human", message="What happens?")
+        >>> text = vidlm.generate(merv_fast.sample_clip(), builder.get_prompt(), max_new_tokens=4)
+    """
+
+    def __init__(self, model: MervForConditionalGeneration, processor: MervProcessor) -> None:
+        super().__init__()
+        self.model = model.eval()
+        self.processor = processor
+
+    @property
+    def config(self) -> Any:
+        """The model's ``MervConfig``."""
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights."""
+        return self.model.dtype
+
+    @property
+    def model_id(self) -> str:
+        """The model's name."""
+        return self.config.model_id
+
+    @property
+    def tokenizer(self) -> Any:
+        """The language model's tokenizer."""
+        return self.processor.tokenizer
+
+    def get_prompt_builder(self, system_prompt: str | None = None) -> PromptBuilder:
+        """A new prompt in the language model's format."""
+        return PROMPT_BUILDERS[self.config.prompt_format]("merv", system_prompt=system_prompt)
+
+    def save_pretrained(self, directory: str | Path, **kwargs: Any) -> None:
+        """Write model, tokenizer and processor where ``load_vid`` and transformers' Auto classes find them.
+
+        Files are put in place when they are whole, so that a model may be saved over the files it is mapped from.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=directory, prefix=".saving-") as whole:
+            self.model.save_pretrained(whole, **kwargs)
+            self.processor.save_pretrained(whole)
+            for file in Path(whole).iterdir():
+                file.replace(directory / file.name)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        video: VideoSource | Sequence[VideoSource],
+        prompt_text: str | Sequence[str],
+        num_frames: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> str | list[str]:
+        """Answer: one prompt about one video, or lists of either.
+
+        Args:
+            video: path or encoded video; a list of them goes with a list of prompts of the same length, or with one
+                prompt that is asked of each. A video that occurs several times is encoded once.
+            prompt_text: prompt from ``get_prompt_builder``; a list of them may be asked of one video.
+            num_frames: frames for each encoder, as in the model's configuration (accepted for compatibility).
+            kwargs: as ``answer`` takes them: clip bounds, ``batch_size``, any argument of transformers' ``generate``.
+
+        Returns:
+            The answer, or the answers in order if either argument was a list.
+        """
+        answers = self.answer(video, prompt_text, num_frames, **kwargs)
+        single = not _is_list(video) and not _is_list(prompt_text)
+        return answers[0].answer if single else [answer.answer for answer in answers]
+
+    @torch.inference_mode()
+    def answer(
+        self,
+        video: VideoSource | Sequence[VideoSource],
+        prompt_text: str | Sequence[str],
+        num_frames: Sequence[int] | None = None,
+        *,
+        clip_start_sec: float = 0.0,
+        clip_end_sec: float | None = None,
+        end_frame: int | None = None,
+        fps: float | None = None,
+        batch_size: int = 8,
+        **kwargs: Any,
+    ) -> list[Answer]:
+        """As ``generate``, with encoder weights and timings.
+
+        Args:
+            video: as for ``generate``.
+            prompt_text: as for ``generate``.
+            num_frames: as for ``generate``.
+            clip_start_sec: where the clip starts, in seconds.
+            clip_end_sec: where it ends, default the end of the video.
+            end_frame: instead of the two, sample from the first frame to this one.
+            fps: frames per second of a folder of frames.
+            batch_size: prompts that run together.
+            kwargs: any argument of transformers' ``generate``. ``min_length`` and ``max_length`` count the tokens of
+                the prompt but not those of the video, as in the reference.
+        """
+        if num_frames is not None and list(num_frames) != self.config.num_frames:
+            raise ValueError(f"generate: num_frames must be {self.config.num_frames}, got {list(num_frames)}")
+        if batch_size < 1:
+            raise ValueError(f"generate: batch_size must be at least 1, got {batch_size}")
+        videos, prompts = _pair(video, prompt_text)
+        clip = {"clip_start_sec": clip_start_sec, "clip_end_sec": clip_end_sec, "end_frame": end_frame, "fps": fps}
+        answers: list[Answer] = []
+        encoded: dict[Any, VisualTokens] = {}
+        for start in range(0, len(prompts), batch_size):
+            timer = StageTimer(self.device)
+            batch = videos[start : start + batch_size]
+            encoded = {key: value for key, value in encoded.items() if key in map(_key, batch)}
+            self._encode_missing(batch, clip, encoded, timer)
+            visual = [encoded[_key(source)] for source in batch]
+            texts = self._generate(visual, prompts[start : start + batch_size], kwargs, timer)
+            answers += [
+                Answer(text, tokens.encoder_weights, timer.milliseconds, self.model_id, str(self.device))
+                for text, tokens in zip(texts, visual, strict=True)
+            ]
+        return answers
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        video: VideoSource,
+        *,
+        clip_start_sec: float = 0.0,
+        clip_end_sec: float | None = None,
+        end_frame: int | None = None,
+        fps: float | None = None,
+    ) -> VisualTokens:
+        """Encode one video, to ask about it later; the arguments are those of ``answer``."""
+        clip = {"clip_start_sec": clip_start_sec, "clip_end_sec": clip_end_sec, "end_frame": end_frame, "fps": fps}
+        encoded: dict[Any, VisualTokens] = {}
+        self._encode_missing([video], clip, encoded, StageTimer(self.device))
+        return encoded[_key(video)]
+
+    def _encode_missing(
+        self,
+        sources: Sequence[VideoSource],
+        clip: dict[str, Any],
+        encoded: dict[Any, VisualTokens],
+        timer: StageTimer,
+    ) -> None:
+        """Encode in one batch those of ``sources`` that ``encoded`` lacks."""
+        missing: dict[Any, str | Path | None] = {}
+        for source in sources:
+            if isinstance(source, VisualTokens):
+                encoded[_key(source)] = source
+            elif _key(source) not in encoded:
+                missing[_key(source)] = source
+        stages = ("decode", "prepare", "encode", "fuse")
+        timer.milliseconds |= {name: 0.0 for name in stages if name not in timer.milliseconds}
+        if not missing:
+            return
+        inputs = []
+        for source in missing.values():
+            with timer.stage("decode"):
+                frames = None if source is None else load_frames(source, max(self.config.num_frames), **clip)
+            with timer.stage("prepare"):
+                inputs.append(self._zeros() if frames is None else self._prepare(frames))
+        with timer.stage("encode"):
+            features = self.model.video_model.encode([torch.cat(parts) for parts in zip(*inputs, strict=True)])
+        with timer.stage("fuse"):
+            output = self.model.video_model.fuse(features)
+        for index, key in enumerate(missing):
+            encoded[key] = VisualTokens(output.pooler_output[index], self._named(output.encoder_weights, index))
+
+    def _prepare(self, frames: Tensor) -> list[Tensor]:
+        return self.model.video_model.prepare(frames.movedim(-1, 1)[None])
+
+    def _zeros(self) -> list[Tensor]:
+        """What the reference feeds its encoders when there is no video."""
+        return [
+            torch.zeros(1, config.num_frames, 3, config.recipe.size, config.recipe.size, device=self.device).to(
+                self.dtype
+            )
+            for config in self.config.encoder_configs().values()
+        ]
+
+    def _named(self, weights: Tensor | None, index: int) -> dict[str, float] | None:
+        if weights is None:
+            return None
+        row = weights[index if len(weights) > 1 else 0]
+        return dict(zip(self.config.encoders, row.float().tolist(), strict=True))
+
+    def _generate(
+        self,
+        visual: Sequence[VisualTokens],
+        prompts: Sequence[str],
+        kwargs: dict[str, Any],
+        timer: StageTimer,
+    ) -> list[str]:
+        with timer.stage("generate"):
+            inputs = self.processor(
+                [self.processor.video_token + prompt for prompt in prompts],
+                truncation=True,
+                max_length=self.config.max_text_length,
+            ).to(self.device)
+            tokens = torch.stack([item.tokens for item in visual]).to(self.device)
+            text_lengths = inputs["attention_mask"].sum(1) - tokens.shape[1]
+            ids = self.model.generate(
+                **inputs,
+                mm_encoder_outputs={"video": MervVideoOutput(pooler_output=tokens)},
+                pad_token_id=self.tokenizer.pad_token_id,
+                **_in_new_tokens(kwargs, text_lengths.tolist()),
+            )
+            new = ids[:, inputs["input_ids"].shape[1] :]
+            return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _pair(video: Any, prompt: Any) -> tuple[list[VideoSource], list[str]]:
+    """Lists of equal length, one video or prompt repeated for a list of the other."""
+    videos = list(video) if _is_list(video) else [video]
+    prompts = list(prompt) if _is_list(prompt) else [prompt]
+    if not _is_list(video):
+        videos *= len(prompts)
+    elif not _is_list(prompt):
+        prompts *= len(videos)
+    if len(videos) != len(prompts):
+        raise ValueError(f"generate: videos and prompts must be equally many, got {len(videos)} and {len(prompts)}")
+    return videos, prompts
+
+
+def _key(source: VideoSource) -> Any:
+    """What makes two entries of a list the same video."""
+    return id(source) if isinstance(source, VisualTokens) else source and str(source)
+
+
+def _in_new_tokens(kwargs: dict[str, Any], text_lengths: list[int]) -> dict[str, Any]:
+    """``min_length`` and ``max_length``, of prompt text and answer together, as numbers of new tokens."""
+    kwargs = dict(kwargs)
+    for name, new_name in (("min_length", "min_new_tokens"), ("max_length", "max_new_tokens")):
+        total = kwargs.pop(name, None)
+        if total is None or new_name in kwargs:
+            continue
+        counts = {max(total - length, 0) for length in text_lengths}
+        if len(counts) > 1:
+            raise ValueError(
+                f"generate: {name} must be given as {new_name} for prompts of different lengths, got {total}"
+            )
+        kwargs[new_name] = counts.pop()
+    return kwargs

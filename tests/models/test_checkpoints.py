@@ -1,0 +1,156 @@
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModel
+
+from merv_fast import CheckpointError, available_models, load_vid
+from merv_fast.models import MervVideoModel
+from tests.golden_files import load
+from tests.models.golden_run import MODELS, checkpoint, write_run
+
+
+@pytest.fixture
+def run(golden_run, tmp_path):
+    """A copy of the golden run that a test may break."""
+    shutil.copytree(golden_run["model_id_or_path"], tmp_path / "run")
+    return golden_run | {"model_id_or_path": tmp_path / "run"}
+
+
+def rewrite(run, **groups):
+    path = run["model_id_or_path"] / "checkpoints/latest-checkpoint.pt"
+    torch.save({"model": checkpoint(load(MODELS[0])[0]) | groups}, path)
+
+
+def test_weights_arrive_unchanged(golden_run):
+    groups = checkpoint(load(MODELS[0])[0])
+    state = load_vid(**golden_run).model.state_dict()
+    for key, value in groups["llm_backbone"].items():
+        assert torch.equal(state["language_model." + key.removeprefix("llm.")], value)
+    for key, value in groups["projectors"].items():
+        assert torch.equal(state["video_model.tail.projectors." + key], value)
+
+
+def test_older_checkpoints(run):
+    """``adapter`` was the name of the fusion, and one number stood for the frames of all encoders."""
+    groups = checkpoint(load(MODELS[0])[0])
+    expected = {key: value.clone() for key, value in load_vid(**run).model.state_dict().items()}
+    fusion = groups.pop("feature_fusion")
+    path = run["model_id_or_path"] / "checkpoints/latest-checkpoint.pt"
+    torch.save({"model": groups | {"adapter": fusion}}, path)
+    state = load_vid(**run).model.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in expected.items())
+
+
+def test_a_single_encoder_run(tmp_path):
+    """Its projector is not numbered, and ``num_frames`` may be one number."""
+    arguments = write_run(
+        tmp_path,
+        "model_concat_linear",
+        video_backbone_ids=["dinov2-video-all-tokens"],
+        num_frames=8,
+        feature_fusion="first",
+    )
+    groups = checkpoint(load("model_concat_linear")[0])
+    projector = {k.removeprefix("1."): v for k, v in groups.pop("projectors").items() if k.startswith("1.")}
+    path = tmp_path / "run/checkpoints/latest-checkpoint.pt"
+    torch.save({"model": groups | {"projector": projector}}, path)
+    vidlm = load_vid(**arguments)
+    assert vidlm.config.encoders == ["dinov2"]
+    assert torch.equal(
+        vidlm.model.video_model.tail.projectors[0].projector.projector.weight,
+        projector["projector.projector.weight"],
+    )
+
+
+def test_keys_that_do_not_fit_are_listed(run):
+    groups = checkpoint(load(MODELS[0])[0])
+    projectors = dict(groups["projectors"])
+    projectors["0.projector.projector.extra"] = projectors.pop("0.projector.projector.bias")
+    projectors["1.projector.projector.weight"] = torch.zeros(3, 3)
+    rewrite(run, projectors=projectors)
+    with pytest.raises(CheckpointError) as error:
+        load_vid(**run)
+    assert "unknown keys: video_model.tail.projectors.0.projector.projector.extra" in str(error.value)
+    assert "missing keys: video_model.tail.projectors.0.projector.projector.bias" in str(error.value)
+    assert "projectors.1.projector.projector.weight [3, 3] for [64, 48]" in str(error.value)
+
+
+def test_groups_that_are_missing_or_unknown_are_listed(run):
+    path = run["model_id_or_path"] / "checkpoints/latest-checkpoint.pt"
+    torch.save({"model": {"projectors": {}}}, path)
+    with pytest.raises(CheckpointError, match="missing groups llm_backbone; it holds projectors"):
+        load_vid(**run)
+    rewrite(run, mystery={})
+    with pytest.raises(CheckpointError, match="unknown groups mystery"):
+        load_vid(**run)
+
+
+def test_a_pickle_that_runs_code_is_refused(run):
+    class Attack:
+        def __reduce__(self):
+            return (print, ("executed",))
+
+    torch.save({"model": Attack()}, run["model_id_or_path"] / "checkpoints/latest-checkpoint.pt")
+    with pytest.raises(CheckpointError, match="not a checkpoint of the reference"):
+        load_vid(**run)
+
+
+def test_files_that_are_not_there(run, tmp_path):
+    (run["model_id_or_path"] / "checkpoints/latest-checkpoint.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"latest-checkpoint\.pt: no such file"):
+        load_vid(**run)
+    (tmp_path / "hollow").mkdir()
+    with pytest.raises(CheckpointError, match=r"hollow: no config\.json"):
+        load_vid(tmp_path / "hollow")
+    (tmp_path / "hollow/config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(CheckpointError, match="model_type must be 'merv', got 'llama'"):
+        load_vid(tmp_path / "hollow")
+    (tmp_path / "hollow/config.json").write_text(json.dumps({"model": {"model_id": "x"}}))
+    with pytest.raises(CheckpointError, match="the model section lacks arch_specifier"):
+        load_vid(tmp_path / "hollow")
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"one of merv-tiny, merv-frozen, merv-full.*got 'merv-huge'"):
+        load_vid("merv-huge")
+    assert "merv-full" in available_models()
+
+
+def test_our_own_directory_with_foreign_weights(tiny, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tiny.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["stranger"] = tensors.pop("video_model.tail.fusion.Q")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"unknown keys: stranger; missing keys: video_model\.tail\.fusion\.Q"):
+        load_vid(tmp_path)
+
+
+def test_saved_over_its_own_files(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path)
+    again = load_vid(tmp_path)
+    again.save_pretrained(tmp_path)
+    state = load_vid(tmp_path).model.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in tiny.model.state_dict().items())
+    assert all(torch.equal(again.model.state_dict()[key], value) for key, value in state.items())
+    assert not list(tmp_path.glob(".saving-*"))
+
+
+def test_the_video_model_alone(tiny, clips, tmp_path):
+    """AutoModel reads the part that makes visual tokens and leaves the language model in the file."""
+    tiny.save_pretrained(tmp_path)
+    model = AutoModel.from_pretrained(tmp_path)
+    assert isinstance(model, MervVideoModel)
+    frames = tiny.processor(videos=str(clips[0]))["pixel_values_videos"]
+    with torch.no_grad():
+        assert torch.equal(model(frames).pooler_output[0], tiny.encode(clips[0]).tokens)
+
+
+def test_dtype(golden_run):
+    assert load_vid(**golden_run).dtype == torch.float32
+    vidlm, config = load_vid(**golden_run, dtype=torch.bfloat16, get_model_cfg=True)
+    assert {p.dtype for p in vidlm.parameters()} == {torch.bfloat16}
+    assert config.model_id == "golden"
