@@ -21,7 +21,7 @@ demo: $(VENV)/installed ## Ask merv-tiny about the bundled clip.
 	$(BIN)/merv-fast ask merv_fast/assets/clip.mp4 "What happens in this video?"
 
 test: lint types $(VENV)/installed ## Lint, import rules, types, and every test but the slow ones.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8
 
 test-slow: $(VENV)/installed ## The long checks.
 	$(BIN)/python -m pytest -m slow

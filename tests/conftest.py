@@ -7,6 +7,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# One worker a core, one thread a worker.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
 import pytest
 
 # PyTorch looks up its constructors when a meta device is first used: before they are replaced below.

@@ -13,9 +13,11 @@ from transformers.utils import is_torchvision_available
 from merv_fast.models.configuration import MervConfig, MervEncoderConfig
 from merv_fast.models.explanation import explain
 from merv_fast.models.loading import available_models, load_vid
-from merv_fast.models.merv_model import Answer, MervModel, VisualTokens
-from merv_fast.models.modeling import MervForConditionalGeneration, MervVideoModel
+from merv_fast.models.merv_model import MervModel
+from merv_fast.models.modeling import MervForConditionalGeneration
 from merv_fast.models.processing import MervProcessor, MervVideoProcessor
+from merv_fast.models.requests import Answer, VisualTokens
+from merv_fast.models.video_model import MervVideoModel
 
 __all__ = [
     "Answer",

@@ -9,7 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from merv_fast.encoders import AnyEncoderConfig, config_from_dict, config_to_dict, encoder_config
 
-__all__ = ["MervConfig", "MervEncoderConfig"]
+__all__ = ["MervConfig", "MervEncoderConfig", "encoder_names"]
 
 MERV_BASE = {
     "languagebind-video-noclass": 16,
@@ -86,10 +86,11 @@ class MervConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         """Build the sub-configurations from dicts, or merv-base's where none are given."""
         if self.encoders is None:
-            for encoder_id, num_frames in MERV_BASE.items():
-                config = encoder_config(encoder_id, num_frames)
-                kwargs.setdefault(f"{config.name}_config", MervEncoderConfig.from_encoder(config))
-            self.encoders = [key.removesuffix("_config") for key in kwargs if key.endswith("_config")]
+            configs = {encoder_id: encoder_config(encoder_id, frames) for encoder_id, frames in MERV_BASE.items()}
+            names = encoder_names(configs)
+            self.encoders = list(names.values())
+            for encoder_id, config in configs.items():
+                kwargs.setdefault(f"{names[encoder_id]}_config", MervEncoderConfig.from_encoder(config))
         for name in self.encoders:
             given = kwargs.pop(f"{name}_config", None)
             if given is None:
@@ -117,3 +118,13 @@ class MervConfig(PreTrainedConfig):
 
 def _encoder_config(given: Mapping[str, Any] | MervEncoderConfig) -> MervEncoderConfig:
     return given if isinstance(given, MervEncoderConfig) else MervEncoderConfig(**given)
+
+
+def encoder_names(configs: Mapping[str, AnyEncoderConfig]) -> dict[str, str]:
+    """A name for each encoder id: its family's, numbered where a family occurs twice."""
+    names: dict[str, str] = {}
+    families = [config.family for config in configs.values()]
+    for index, (encoder_id, family) in enumerate(zip(configs, families, strict=True)):
+        earlier = families[:index].count(family)
+        names[encoder_id] = f"{family}_{earlier + 1}" if earlier else family
+    return names

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from merv_fast.models.merv_model import MervModel
-from merv_fast.models.modeling import MervForConditionalGeneration, MervVideoModel
+from merv_fast.models.modeling import MervForConditionalGeneration
+from merv_fast.models.video_model import MervVideoModel
 
 __all__ = ["Choice", "Explanation", "explain"]
 

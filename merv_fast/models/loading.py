@@ -14,12 +14,13 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from merv_fast.encoders import AnyEncoderConfig, encoder_config
 from merv_fast.errors import CheckpointError
 from merv_fast.models.chat_templates import chat_template
+from merv_fast.models.configuration import encoder_names
 from merv_fast.models.llms import language_model
 from merv_fast.models.merv_model import MervModel
 from merv_fast.models.modeling import MervForConditionalGeneration
 from merv_fast.models.processing import MervProcessor, MervVideoProcessor
 from merv_fast.models.reference import is_run_directory, merv_config, read_checkpoint, read_run_config
-from merv_fast.models.sources import MODELS, Sources, encoder_names
+from merv_fast.models.sources import MODELS, Sources
 
 __all__ = ["TINY", "available_models", "load_vid"]
 

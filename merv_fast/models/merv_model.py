@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,50 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from merv_fast.models.modeling import MervForConditionalGeneration, MervVideoOutput
+from merv_fast.models.modeling import MervForConditionalGeneration
 from merv_fast.models.processing import MervProcessor
 from merv_fast.models.prompts import PROMPT_BUILDERS, PromptBuilder
+from merv_fast.models.requests import Answer, VideoSource, VisualTokens, in_new_tokens, is_list, pair, video_key
+from merv_fast.models.video_model import MervVideoOutput
 from merv_fast.runtime.trace import StageTimer
 from merv_fast.video import load_frames
 
-__all__ = ["Answer", "MervModel", "VisualTokens"]
-
-
-@dataclass(frozen=True)
-class VisualTokens:
-    """One video, encoded: give it to ``MervModel.generate`` in place of a path, as often as there are questions.
-
-    Args:
-        tokens: [S, D], what the language model sees of the video.
-        encoder_weights: share of each encoder in the tokens, or None where the fusion has no weights.
-    """
-
-    tokens: Tensor
-    encoder_weights: dict[str, float] | None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer and how it came about.
-
-    Args:
-        answer: the text.
-        encoder_weights: as in ``VisualTokens``.
-        timings_ms: wall-clock milliseconds of ``decode``, ``prepare``, ``encode``, ``fuse`` and ``generate``; of the
-            whole batch, where the question was one of several.
-        model: the model's id.
-        device: where it ran.
-    """
-
-    answer: str
-    encoder_weights: dict[str, float] | None
-    timings_ms: dict[str, float]
-    model: str
-    device: str
-
-
-VideoSource = str | Path | VisualTokens | None
-"""A path, a video already encoded, or None for no video (the reference then sees zeros)."""
+__all__ = ["MervModel"]
 
 
 class MervModel(nn.Module):
@@ -142,7 +106,7 @@ class MervModel(nn.Module):
             The answer, or the answers in order if either argument was a list.
         """
         answers = self.answer(video, prompt_text, num_frames, **kwargs)
-        single = not _is_list(video) and not _is_list(prompt_text)
+        single = not is_list(video) and not is_list(prompt_text)
         return answers[0].answer if single else [answer.answer for answer in answers]
 
     @torch.inference_mode()
@@ -177,16 +141,16 @@ class MervModel(nn.Module):
             raise ValueError(f"generate: num_frames must be {self.config.num_frames}, got {list(num_frames)}")
         if batch_size < 1:
             raise ValueError(f"generate: batch_size must be at least 1, got {batch_size}")
-        videos, prompts = _pair(video, prompt_text)
+        videos, prompts = pair(video, prompt_text)
         clip = {"clip_start_sec": clip_start_sec, "clip_end_sec": clip_end_sec, "end_frame": end_frame, "fps": fps}
         answers: list[Answer] = []
         encoded: dict[Any, VisualTokens] = {}
         for start in range(0, len(prompts), batch_size):
             timer = StageTimer(self.device)
             batch = videos[start : start + batch_size]
-            encoded = {key: value for key, value in encoded.items() if key in map(_key, batch)}
+            encoded = {key: value for key, value in encoded.items() if key in map(video_key, batch)}
             self._encode_missing(batch, clip, encoded, timer)
-            visual = [encoded[_key(source)] for source in batch]
+            visual = [encoded[video_key(source)] for source in batch]
             texts = self._generate(visual, prompts[start : start + batch_size], kwargs, timer)
             answers += [
                 Answer(text, tokens.encoder_weights, timer.milliseconds, self.model_id, str(self.device))
@@ -208,7 +172,7 @@ class MervModel(nn.Module):
         clip = {"clip_start_sec": clip_start_sec, "clip_end_sec": clip_end_sec, "end_frame": end_frame, "fps": fps}
         encoded: dict[Any, VisualTokens] = {}
         self._encode_missing([video], clip, encoded, StageTimer(self.device))
-        return encoded[_key(video)]
+        return encoded[video_key(video)]
 
     def _encode_missing(
         self,
@@ -221,9 +185,9 @@ class MervModel(nn.Module):
         missing: dict[Any, str | Path | None] = {}
         for source in sources:
             if isinstance(source, VisualTokens):
-                encoded[_key(source)] = source
-            elif _key(source) not in encoded:
-                missing[_key(source)] = source
+                encoded[video_key(source)] = source
+            elif video_key(source) not in encoded:
+                missing[video_key(source)] = source
         stages = ("decode", "prepare", "encode", "fuse")
         timer.milliseconds |= {name: 0.0 for name in stages if name not in timer.milliseconds}
         if not missing:
@@ -278,45 +242,7 @@ class MervModel(nn.Module):
                 **inputs,
                 mm_encoder_outputs={"video": MervVideoOutput(pooler_output=tokens)},
                 pad_token_id=self.tokenizer.pad_token_id,
-                **_in_new_tokens(kwargs, text_lengths.tolist()),
+                **in_new_tokens(kwargs, text_lengths.tolist()),
             )
             new = ids[:, inputs["input_ids"].shape[1] :]
             return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def _pair(video: Any, prompt: Any) -> tuple[list[VideoSource], list[str]]:
-    """Lists of equal length, one video or prompt repeated for a list of the other."""
-    videos = list(video) if _is_list(video) else [video]
-    prompts = list(prompt) if _is_list(prompt) else [prompt]
-    if not _is_list(video):
-        videos *= len(prompts)
-    elif not _is_list(prompt):
-        prompts *= len(videos)
-    if len(videos) != len(prompts):
-        raise ValueError(f"generate: videos and prompts must be equally many, got {len(videos)} and {len(prompts)}")
-    return videos, prompts
-
-
-def _key(source: VideoSource) -> Any:
-    """What makes two entries of a list the same video."""
-    return id(source) if isinstance(source, VisualTokens) else source and str(source)
-
-
-def _in_new_tokens(kwargs: dict[str, Any], text_lengths: list[int]) -> dict[str, Any]:
-    """``min_length`` and ``max_length``, of prompt text and answer together, as numbers of new tokens."""
-    kwargs = dict(kwargs)
-    for name, new_name in (("min_length", "min_new_tokens"), ("max_length", "max_new_tokens")):
-        total = kwargs.pop(name, None)
-        if total is None or new_name in kwargs:
-            continue
-        counts = {max(total - length, 0) for length in text_lengths}
-        if len(counts) > 1:
-            raise ValueError(
-                f"generate: {name} must be given as {new_name} for prompts of different lengths, got {total}"
-            )
-        kwargs[new_name] = counts.pop()
-    return kwargs

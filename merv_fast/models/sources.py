@@ -10,7 +10,7 @@ from torch import Tensor
 
 from merv_fast.encoders import AnyEncoderConfig, convert_state_dict, read_weights
 
-__all__ = ["MODELS", "Sources", "encoder_names"]
+__all__ = ["MODELS", "Sources"]
 
 HUB_REPO = "tyleryzhu/merv"
 
@@ -69,13 +69,3 @@ class Sources:
         raise FileNotFoundError(
             f"{repo}: none of {', '.join(names)} on the hub or in its cache; a local path can be given instead"
         )
-
-
-def encoder_names(configs: Mapping[str, AnyEncoderConfig]) -> dict[str, str]:
-    """A name for each encoder id: its family's, numbered where a family occurs twice."""
-    names: dict[str, str] = {}
-    families = [config.family for config in configs.values()]
-    for index, (encoder_id, family) in enumerate(zip(configs, families, strict=True)):
-        earlier = families[:index].count(family)
-        names[encoder_id] = f"{family}_{earlier + 1}" if earlier else family
-    return names

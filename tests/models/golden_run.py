@@ -50,9 +50,9 @@ def encoder_configs(num_frames: list[int]) -> dict[str, EncoderConfig]:
     return configs
 
 
-def byte_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """Bytes as tokens behind <PAD>, <s>, </s> and <video>, with BOS in front as LLaMA's has."""
-    special = ["<PAD>", "<s>", "</s>", "<video>"]
+def byte_tokenizer(vocab_size: int, video_token: str = "<video>") -> PreTrainedTokenizerFast:
+    """Bytes as tokens behind <PAD>, <s>, </s> and the video token, with BOS in front as LLaMA's has."""
+    special = ["<PAD>", "<s>", "</s>", video_token]
     symbols = special + sorted(pre_tokenizers.ByteLevel.alphabet())
     symbols += [f"<unused{index}>" for index in range(vocab_size - len(symbols))]
     tokenizer = Tokenizer(models.BPE({symbol: index for index, symbol in enumerate(symbols)}, []))
@@ -64,7 +64,7 @@ def byte_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<PAD>",
-        extra_special_tokens=["<video>"],
+        extra_special_tokens=[video_token],
     )
 
 

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import pytest
@@ -8,7 +9,7 @@ from transformers import AutoModel
 from merv_fast import CheckpointError, available_models, load_vid
 from merv_fast.models import MervVideoModel
 from tests.golden_files import load
-from tests.models.golden_run import MODELS, checkpoint, write_run
+from tests.models.golden_run import MODELS, byte_tokenizer, checkpoint, write_run
 
 
 @pytest.fixture
@@ -87,14 +88,15 @@ def test_groups_that_are_missing_or_unknown_are_listed(run):
         load_vid(**run)
 
 
-def test_a_pickle_that_runs_code_is_refused(run):
+def test_a_pickle_that_runs_code_is_refused(run, tmp_path):
     class Attack:
         def __reduce__(self):
-            return (print, ("executed",))
+            return (os.mkdir, (str(tmp_path / "executed"),))
 
     torch.save({"model": Attack()}, run["model_id_or_path"] / "checkpoints/latest-checkpoint.pt")
     with pytest.raises(CheckpointError, match="not a checkpoint of the reference"):
         load_vid(**run)
+    assert not (tmp_path / "executed").exists()
 
 
 def test_files_that_are_not_there(run, tmp_path):
@@ -154,3 +156,14 @@ def test_dtype(golden_run):
     vidlm, config = load_vid(**golden_run, dtype=torch.bfloat16, get_model_cfg=True)
     assert {p.dtype for p in vidlm.parameters()} == {torch.bfloat16}
     assert config.model_id == "golden"
+
+
+def test_a_tokenizer_that_has_no_video_token_gets_one(golden_run, clips, tmp_path):
+    """As LLaMA-2's; here its number even lies behind the embedding's last row."""
+    shutil.copytree(golden_run["llm_path"], tmp_path / "llm")
+    byte_tokenizer(320, video_token="<other>").save_pretrained(tmp_path / "llm")
+    vidlm = load_vid(**golden_run | {"llm_path": tmp_path / "llm"})
+    assert vidlm.config.video_token_id == vidlm.processor.video_token_id == 320
+    asked = {"do_sample": False, "max_new_tokens": 8}
+    expected = load_vid(**golden_run).generate(clips[0], "In: Why?\nOut:", **asked)
+    assert vidlm.generate(clips[0], "In: Why?\nOut:", **asked) == expected

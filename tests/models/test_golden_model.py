@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from merv_fast import load_vid
-from merv_fast.models.modeling import MervVideoOutput
 from merv_fast.models.splice import insert_placeholders
+from merv_fast.models.video_model import MervVideoOutput
 from tests.budgets import GOLDEN, relative_error
 from tests.golden_files import load
 from tests.models.golden_run import MODELS, write_run

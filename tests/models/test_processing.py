@@ -71,6 +71,7 @@ def test_decoded_frames_are_sampled_like_files(processor):
     assert got == np.linspace(0, 49, 32, dtype=int).tolist()
     first = processor(videos=torch.from_numpy(frames).movedim(-1, 1), num_frames=16)["pixel_values_videos"]
     assert first.shape == (1, 16, 3, 4, 4)
+    assert processor(videos=frames[None].repeat(2, 0))["pixel_values_videos"].shape == (2, 32, 3, 4, 4)
 
 
 def test_chat_with_a_video(processor, clips, tiny):

@@ -1,0 +1,88 @@
+"""What MervModel is asked and answers: videos, prompts, visual tokens, answers, one or many."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["Answer", "VideoSource", "VisualTokens", "in_new_tokens", "is_list", "pair", "video_key"]
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """One video, encoded: give it to ``MervModel.generate`` in place of a path, as often as there are questions.
+
+    Args:
+        tokens: [S, D], what the language model sees of the video.
+        encoder_weights: share of each encoder in the tokens, or None where the fusion has no weights.
+    """
+
+    tokens: Tensor
+    encoder_weights: dict[str, float] | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and how it came about.
+
+    Args:
+        answer: the text.
+        encoder_weights: as in ``VisualTokens``.
+        timings_ms: wall-clock milliseconds of ``decode``, ``prepare``, ``encode``, ``fuse`` and ``generate``; of the
+            whole batch, where the question was one of several.
+        model: the model's id.
+        device: where it ran.
+    """
+
+    answer: str
+    encoder_weights: dict[str, float] | None
+    timings_ms: dict[str, float]
+    model: str
+    device: str
+
+
+VideoSource = str | Path | VisualTokens | None
+"""A path, a video already encoded, or None for no video (the reference then sees zeros)."""
+
+
+def is_list(value: Any) -> bool:
+    """Whether a caller gave several; a text is one."""
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def pair(video: Any, prompt: Any) -> tuple[list[VideoSource], list[str]]:
+    """Lists of equal length, one video or prompt repeated for a list of the other."""
+    videos = list(video) if is_list(video) else [video]
+    prompts = list(prompt) if is_list(prompt) else [prompt]
+    if not is_list(video):
+        videos *= len(prompts)
+    elif not is_list(prompt):
+        prompts *= len(videos)
+    if len(videos) != len(prompts):
+        raise ValueError(f"generate: videos and prompts must be equally many, got {len(videos)} and {len(prompts)}")
+    return videos, prompts
+
+
+def video_key(source: VideoSource) -> Any:
+    """What makes two entries of a list the same video."""
+    return id(source) if isinstance(source, VisualTokens) else source and str(source)
+
+
+def in_new_tokens(kwargs: dict[str, Any], text_lengths: list[int]) -> dict[str, Any]:
+    """``min_length`` and ``max_length``, of prompt text and answer together, as numbers of new tokens."""
+    kwargs = dict(kwargs)
+    for name, new_name in (("min_length", "min_new_tokens"), ("max_length", "max_new_tokens")):
+        total = kwargs.pop(name, None)
+        if total is None or new_name in kwargs:
+            continue
+        counts = {max(total - length, 0) for length in text_lengths}
+        if len(counts) > 1:
+            raise ValueError(
+                f"generate: {name} must be given as {new_name} for prompts of different lengths, got {total}"
+            )
+        kwargs[new_name] = counts.pop()
+    return kwargs
