@@ -40,9 +40,11 @@ EncoderOption = Annotated[
 ]
 StartOption = Annotated[float, typer.Option(help="Where the clip starts, in seconds.")]
 FpsOption = Annotated[
-    float | None, typer.Option(help="Frames per second of a folder of frames [default: 3].", show_default=False)
+    float | None, typer.Option(help="Frames per second of a folder of frames, 3 if not given.", show_default=False)
 ]
-EndOption = Annotated[float | None, typer.Option(help="Where it ends [default: the video's end].", show_default=False)]
+EndOption = Annotated[
+    float | None, typer.Option(help="Where it ends, in seconds; the video's end if not given.", show_default=False)
+]
 
 
 @app.command()

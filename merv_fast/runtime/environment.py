@@ -12,17 +12,17 @@ __all__ = ["Component", "components", "default_device", "default_dtype"]
 
 REQUIRED = {
     "torch": "everything",
-    "triton": "kernels on a GPU",
+    "triton": "nothing yet (kernels on a GPU)",
     "transformers": "language models, configuration, processors",
     "safetensors": "checkpoints",
     "av": "decoding on the CPU",
 }
 OPTIONAL = {
-    "nvidia-dali-cuda130": ("dali", "decoding on the GPU"),
-    "xformers": ("xformers", "attention kernels"),
-    "flash-attn": ("flash-attn", "attention kernels"),
-    "ray": ("ray", "encoding a corpus on many machines"),
-    "vllm": ("vllm", "serving the language model"),
+    "nvidia-dali-cuda130": ("dali", "nothing yet (decoding on the GPU)"),
+    "xformers": ("xformers", "nothing yet (attention kernels)"),
+    "flash-attn": ("flash-attn", "nothing yet (attention kernels)"),
+    "ray": ("ray", "nothing yet (encoding a corpus)"),
+    "vllm": ("vllm", "nothing yet (serving the language model)"),
 }
 
 

@@ -155,6 +155,7 @@ def test_dtype(golden_run):
     assert load_vid(**golden_run).dtype == torch.float32
     vidlm, config = load_vid(**golden_run, dtype=torch.bfloat16, get_model_cfg=True)
     assert {p.dtype for p in vidlm.parameters()} == {torch.bfloat16}
+    assert not any(module.training for module in vidlm.model.modules())
     assert config.model_id == "golden"
 
 

@@ -43,6 +43,8 @@ def test_attention_can_be_chosen_part_by_part(tiny, tmp_path):
     model = type(tiny.model).from_pretrained(tmp_path, attn_implementation={"text_config": "eager"})
     assert model.language_model.config._attn_implementation == "eager"
     assert model.config.dinov2_config._attn_implementation != "eager"
+    model = type(tiny.model).from_pretrained(tmp_path, attn_implementation="eager")
+    assert model.config.dinov2_config._attn_implementation == "eager"
 
 
 def test_an_encoder_needs_its_configuration():
