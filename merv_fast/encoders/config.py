@@ -141,7 +141,9 @@ class EncoderConfig:
 
     @property
     def grid(self) -> tuple[int, int] | None:
-        """Rows and columns of a returned slot's tokens, None where they are not a grid."""
+        """Rows and columns of a returned slot's tokens, (1, 1) for a single one, None where they are no grid."""
+        if self.tokens in ("class", "mean", "pooled"):
+            return 1, 1
         return self.patch_grid if self.tokens == "grid" else None
 
     @property

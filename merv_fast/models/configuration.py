@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from merv_fast.encoders import AnyEncoderConfig, config_from_dict, config_to_dict, encoder_config
 
-__all__ = ["MervConfig", "MervEncoderConfig", "encoder_names"]
+__all__ = ["MERV_BASE", "MervConfig", "MervEncoderConfig", "encoder_names"]
 
 MERV_BASE = {
     "languagebind-video-noclass": 16,
@@ -86,11 +86,10 @@ class MervConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         """Build the sub-configurations from dicts, or merv-base's where none are given."""
         if self.encoders is None:
-            configs = {encoder_id: encoder_config(encoder_id, frames) for encoder_id, frames in MERV_BASE.items()}
-            names = encoder_names(configs)
-            self.encoders = list(names.values())
-            for encoder_id, config in configs.items():
-                kwargs.setdefault(f"{names[encoder_id]}_config", MervEncoderConfig.from_encoder(config))
+            configs = [encoder_config(encoder_id, frames) for encoder_id, frames in MERV_BASE.items()]
+            self.encoders = encoder_names(configs)
+            for name, config in zip(self.encoders, configs, strict=True):
+                kwargs.setdefault(f"{name}_config", MervEncoderConfig.from_encoder(config))
         for name in self.encoders:
             given = kwargs.pop(f"{name}_config", None)
             if given is None:
@@ -120,11 +119,8 @@ def _encoder_config(given: Mapping[str, Any] | MervEncoderConfig) -> MervEncoder
     return given if isinstance(given, MervEncoderConfig) else MervEncoderConfig(**given)
 
 
-def encoder_names(configs: Mapping[str, AnyEncoderConfig]) -> dict[str, str]:
-    """A name for each encoder id: its family's, numbered where a family occurs twice."""
-    names: dict[str, str] = {}
-    families = [config.family for config in configs.values()]
-    for index, (encoder_id, family) in enumerate(zip(configs, families, strict=True)):
-        earlier = families[:index].count(family)
-        names[encoder_id] = f"{family}_{earlier + 1}" if earlier else family
-    return names
+def encoder_names(configs: Sequence[AnyEncoderConfig]) -> list[str]:
+    """A name for each encoder: its family's, numbered where a family occurs twice."""
+    families = [config.family for config in configs]
+    earlier = [families[:index].count(family) for index, family in enumerate(families)]
+    return [f"{family}_{count + 1}" if count else family for family, count in zip(families, earlier, strict=True)]

@@ -12,15 +12,16 @@ class LanguageModel:
     """One row of the table.
 
     ``pad_token`` is the token MERV pads with, added to the tokenizer if it is not there; ``video_token`` marks the
-    place of a visual token: one the tokenizer knows already, or one that is added.
+    place of a visual token: one the tokenizer knows already, or one that is added. It is not ``<video>``, which people
+    write in their questions, and which the reference reads as plain text.
     """
 
     hub_id: str
     prompt_format: str
+    tokenizer_id: str | None = None
+    """Repository of the tokenizer, where it is another."""
     pad_token: str | None = "<PAD>"
-    video_token: str = "<video>"
-    resized: bool = True
-    """Whether MERV grew the embedding for ``pad_token``, to a multiple of 64 rows."""
+    video_token: str = "<|video_pad|>"
 
 
 LLMS: dict[str, LanguageModel] = {
@@ -31,21 +32,17 @@ LLMS: dict[str, LanguageModel] = {
     "vicuna-v15-7b": LanguageModel("lmsys/vicuna-7b-v1.5", "vicuna-v15"),
     "vicuna-v15-13b": LanguageModel("lmsys/vicuna-13b-v1.5", "vicuna-v15"),
     "llama3-8b-pure": LanguageModel("meta-llama/Meta-Llama-3-8B", "pure"),
-    # MERV reads the base model's tokenizer for the chat model too.
-    "llama3-8b-chat": LanguageModel("meta-llama/Meta-Llama-3-8B-Instruct", "llama2-chat"),
+    "llama3-8b-chat": LanguageModel(
+        "meta-llama/Meta-Llama-3-8B-Instruct", "llama2-chat", tokenizer_id="meta-llama/Meta-Llama-3-8B"
+    ),
     "llama3.1-8b-chat": LanguageModel(
         "meta-llama/Meta-Llama-3.1-8B-Instruct",
         "llama3.1-chat",
         pad_token="<|finetune_right_pad_id|>",
         video_token="<|reserved_special_token_0|>",
-        resized=False,
     ),
-    "qwen2.5-7b-instruct": LanguageModel(
-        "Qwen/Qwen2.5-7B-Instruct", "qwen2.5", pad_token=None, video_token="<|video_pad|>", resized=False
-    ),
-    "qwen2.5-3b-instruct": LanguageModel(
-        "Qwen/Qwen2.5-3B-Instruct", "qwen2.5", pad_token=None, video_token="<|video_pad|>", resized=False
-    ),
+    "qwen2.5-7b-instruct": LanguageModel("Qwen/Qwen2.5-7B-Instruct", "qwen2.5", pad_token=None),
+    "qwen2.5-3b-instruct": LanguageModel("Qwen/Qwen2.5-3B-Instruct", "qwen2.5", pad_token=None),
 }
 """Language models by the reference's ``llm_backbone_id``."""
 

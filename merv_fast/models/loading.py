@@ -9,17 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from merv_fast.encoders import AnyEncoderConfig, encoder_config
 from merv_fast.errors import CheckpointError
 from merv_fast.models.chat_templates import chat_template
 from merv_fast.models.configuration import encoder_names
-from merv_fast.models.llms import language_model
+from merv_fast.models.llms import LanguageModel, language_model
 from merv_fast.models.merv_model import MervModel
 from merv_fast.models.modeling import MervForConditionalGeneration
 from merv_fast.models.processing import MervProcessor, MervVideoProcessor
-from merv_fast.models.reference import is_run_directory, merv_config, read_checkpoint, read_run_config
+from merv_fast.models.reference import (
+    CHECKPOINT,
+    CONFIG,
+    is_run_directory,
+    merv_config,
+    read_checkpoint,
+    read_run_config,
+)
 from merv_fast.models.sources import MODELS, Sources
 
 __all__ = ["TINY", "available_models", "load_vid"]
@@ -69,7 +76,7 @@ def load_vid(
     path = Path(model_id_or_path)
     if path.is_dir():
         if is_run_directory(path):
-            vidlm = _load_run(path / "config.json", path / "checkpoints/latest-checkpoint.pt", sources, dtype)
+            vidlm = _load_run(path / CONFIG, path / CHECKPOINT, sources, dtype)
         else:
             vidlm = _load_ours(path, sources, dtype)
     elif model_id_or_path == TINY:
@@ -92,10 +99,9 @@ def _published(name: str) -> str | None:
 
 
 def _load_ours(path: str | Path, sources: Sources, dtype: torch.dtype | None) -> MervModel:
-    hub: dict[str, Any] = {"token": sources.hf_token, "cache_dir": sources.cache_dir}
     _check_model_type(path)
-    model = MervForConditionalGeneration.from_pretrained(path, dtype=dtype or "auto", **hub)
-    return MervModel(model, MervProcessor.from_pretrained(path, **hub))
+    model = MervForConditionalGeneration.from_pretrained(path, dtype=dtype or "auto", **sources.hub)
+    return MervModel(model, MervProcessor.from_pretrained(path, **sources.hub))
 
 
 def _check_model_type(path: str | Path) -> None:
@@ -109,25 +115,19 @@ def _check_model_type(path: str | Path) -> None:
 def _load_run(config_json: Path, checkpoint: Path, sources: Sources, dtype: torch.dtype | None) -> MervModel:
     run = read_run_config(config_json)
     tensors = read_checkpoint(checkpoint)
-    ids = dict(zip(run["video_backbone_ids"], run["num_frames"], strict=True))
-    configs = {encoder_id: _encoder(encoder_id, frames, run, sources) for encoder_id, frames in ids.items()}
-    names = encoder_names(configs)
-    for encoder_id, config in configs.items():
-        weights = sources.encoder_weights(encoder_id, config)
-        tensors |= {f"video_model.encoders.{names[encoder_id]}.{key}": value for key, value in weights.items()}
+    ids = run["video_backbone_ids"]
+    encoders = [_encoder(*pair, run, sources) for pair in zip(ids, run["num_frames"], strict=True)]
+    names = encoder_names(encoders)
+    for name, encoder_id, encoder in zip(names, ids, encoders, strict=True):
+        weights = sources.encoder_weights(encoder_id, encoder)
+        tensors |= {f"video_model.encoders.{name}.{key}": value for key, value in weights.items()}
 
     row = language_model(run["llm_backbone_id"])
-    hub: dict[str, Any] = {"token": sources.hf_token, "cache_dir": sources.cache_dir}
-    text_config = AutoConfig.from_pretrained(sources.llm_path or row.hub_id, **hub)
-    tokenizer = _tokenizer(sources.llm_path or row.hub_id, row.pad_token, row.video_token, hub)
+    text_config = AutoConfig.from_pretrained(sources.llm_path or row.hub_id, **sources.hub)
+    tokenizer = _tokenizer(row, sources)
     text_config.pad_token_id = tokenizer.pad_token_id
-    config = merv_config(
-        run,
-        {names[encoder_id]: encoder for encoder_id, encoder in configs.items()},
-        text_config,
-        tokenizer.convert_tokens_to_ids(row.video_token),
-        tensors,
-    )
+    video_token_id = tokenizer.convert_tokens_to_ids(row.video_token)
+    config = merv_config(run, dict(zip(names, encoders, strict=True)), text_config, video_token_id, tensors)
     if dtype is None:
         dtype = tensors["language_model.model.embed_tokens.weight"].dtype
     model = MervForConditionalGeneration.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
@@ -145,13 +145,20 @@ def _load_run(config_json: Path, checkpoint: Path, sources: Sources, dtype: torc
 def _encoder(encoder_id: str, num_frames: int, run: Mapping[str, Any], sources: Sources) -> AnyEncoderConfig:
     if (given := sources.encoder_configs.get(encoder_id)) is not None:
         return dataclasses.replace(given, num_frames=num_frames)
-    return encoder_config(encoder_id, num_frames, run.get("image_resize_strategy", "resize-naive"))
+    return encoder_config(encoder_id, num_frames, run["image_resize_strategy"])
 
 
-def _tokenizer(source: str | Path, pad_token: str | None, video_token: str, hub: dict[str, Any]) -> Any:
-    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="right", **hub)
-    if pad_token is not None:
-        tokenizer.add_special_tokens({"pad_token": pad_token})
+def _tokenizer(row: LanguageModel, sources: Sources) -> Any:
+    """The language model's tokenizer with MERV's padding token and a marker for the video.
+
+    A ``tokenizer.json`` is taken as it stands, as by the reference: transformers 5 would rebuild LLaMA-2's so that the
+    second turn of a prompt is cut into other tokens.
+    """
+    source = sources.llm_path or row.tokenizer_id or row.hub_id
+    kind = PreTrainedTokenizerFast if sources.has_file(source, "tokenizer.json") else AutoTokenizer
+    tokenizer = kind.from_pretrained(source, padding_side="right", **sources.hub)
+    if row.pad_token is not None:
+        tokenizer.add_special_tokens({"pad_token": row.pad_token})
     # Known to the tokenizer or new: either way it must come out as one token.
-    tokenizer.add_tokens([video_token], special_tokens=True)
+    tokenizer.add_tokens([row.video_token], special_tokens=True)
     return tokenizer

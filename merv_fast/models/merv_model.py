@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,14 @@ from merv_fast.runtime.trace import StageTimer
 from merv_fast.video import load_frames
 
 __all__ = ["MervModel"]
+
+
+class LLMBackbone(NamedTuple):
+    """The language model, its tokenizer, and the class that builds its prompts."""
+
+    llm: nn.Module
+    tokenizer: Any
+    prompt_builder_fn: type[PromptBuilder]
 
 
 class MervModel(nn.Module):
@@ -62,6 +70,12 @@ class MervModel(nn.Module):
     def model_id(self) -> str:
         """The model's name."""
         return self.config.model_id
+
+    @property
+    def llm_backbone(self) -> LLMBackbone:
+        """The language model's parts under the names that the reference's evaluation scripts use."""
+        builder = PROMPT_BUILDERS[self.config.prompt_format]
+        return LLMBackbone(self.model.language_model, self.tokenizer, builder)
 
     @property
     def tokenizer(self) -> Any:
@@ -244,5 +258,6 @@ class MervModel(nn.Module):
                 pad_token_id=self.tokenizer.pad_token_id,
                 **in_new_tokens(kwargs, text_lengths.tolist()),
             )
-            new = ids[:, inputs["input_ids"].shape[1] :]
+            # Of several sequences returned for a prompt the first counts, as in the reference.
+            new = ids[:: len(ids) // len(prompts), inputs["input_ids"].shape[1] :]
             return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]

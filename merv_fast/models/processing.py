@@ -95,7 +95,7 @@ class MervProcessor(ProcessorMixin):
         tokenizer: Any = None,
         chat_template: str | None = None,
         num_video_tokens: int = 1024,
-        video_token: str = "<video>",
+        video_token: str = "<|video_pad|>",
         **kwargs: Any,
     ) -> None:
         super().__init__(video_processor, tokenizer, chat_template=chat_template)

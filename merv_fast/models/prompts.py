@@ -75,8 +75,8 @@ class PromptBuilder(ABC):
         return added
 
     def get_potential_prompt(self, message: str) -> str:
-        """The prompt as it would be with ``message`` as the next question, leaving the builder as it is."""
-        return self._finish(self.prompt + self._wrap("human", message))
+        """The prompt as it would be with ``message``, verbatim, as the next question; the builder stays as it is."""
+        return self._finish(self.prompt + self.human(message, first=self.turn_count == 0))
 
     def get_prompt(self) -> str:
         """The prompt so far."""

@@ -17,14 +17,27 @@ from transformers import PreTrainedConfig
 
 from merv_fast.encoders import AnyEncoderConfig
 from merv_fast.errors import CheckpointError
-from merv_fast.models.configuration import MervConfig, MervEncoderConfig
+from merv_fast.models.configuration import MERV_BASE, MervConfig, MervEncoderConfig
 from merv_fast.models.llms import language_model
 from merv_fast.modules import convert_fusion_state_dict
 
-__all__ = ["is_run_directory", "merv_config", "read_checkpoint", "read_run_config"]
+__all__ = ["CHECKPOINT", "CONFIG", "is_run_directory", "merv_config", "read_checkpoint", "read_run_config"]
 
 CONFIG = "config.json"
 CHECKPOINT = "checkpoints/latest-checkpoint.pt"
+
+DEFAULTS: dict[str, Any] = {
+    "model_id": "merv-base",
+    "arch_specifier": "no-align+3davg+linear",
+    "feature_fusion": "cross_attention_avg_lq",
+    "video_backbone_ids": list(MERV_BASE),
+    "llm_backbone_id": "llama2-7b-pure",
+    "image_resize_strategy": "resize-naive",
+    "llm_max_length": 2048,
+    "num_frames": list(MERV_BASE.values()),
+    "projector_token_length": 64,
+}
+"""merv-base, whose values stand for those that a run's configuration leaves out."""
 
 
 def is_run_directory(path: Path) -> bool:
@@ -34,21 +47,21 @@ def is_run_directory(path: Path) -> bool:
 
 
 def read_run_config(config_json: Path) -> dict[str, Any]:
-    """The ``model`` section of a run's ``config.json``, old forms included."""
-    run = dict(_json(config_json)["model"])
-    needed = (
-        "model_id",
-        "arch_specifier",
-        "feature_fusion",
-        "video_backbone_ids",
-        "llm_backbone_id",
-        "num_frames",
-    )
-    if missing := [key for key in needed if key not in run]:
-        raise CheckpointError(f"{config_json}: the model section lacks {', '.join(missing)}")
-    if isinstance(run["num_frames"], int):
-        run["num_frames"] = [run["num_frames"]] * len(run["video_backbone_ids"])
-    return run
+    """The ``model`` section of a run's ``config.json``, with merv-base's values for what it leaves out.
+
+    ``num_frames``, once one number for all encoders, comes back as one for each of ``video_backbone_ids``.
+    """
+    run = _json(config_json)["model"]
+    if not isinstance(run, dict):
+        raise CheckpointError(f"{config_json}: model must be an object, got {run!r}")
+    run = DEFAULTS | run
+    encoders, frames = run["video_backbone_ids"], run["num_frames"]
+    if isinstance(frames, int):
+        frames = [frames] * len(encoders)
+    if len(frames) < len(encoders):
+        raise CheckpointError(f"{config_json}: num_frames must be one for each of {encoders}, got {frames}")
+    # The reference pairs them up and leaves numbers without an encoder aside.
+    return run | {"num_frames": frames[: len(encoders)]}
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -68,15 +81,15 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: not a checkpoint of the reference ({error})") from error
     if "projector" in groups:
         groups["projectors"] = {f"0.{key}": value for key, value in groups.pop("projector").items()}
-    if "adapter" in groups:
-        groups["feature_fusion"] = groups.pop("adapter")
+    adapter = groups.pop("adapter", {})
+    groups.setdefault("feature_fusion", adapter)
     if missing := {"projectors", "llm_backbone"} - set(groups):
         raise CheckpointError(f"{path}: missing groups {', '.join(sorted(missing))}; it holds {', '.join(groups)}")
     # The reference freezes its encoders, reads them from the hub, and does not look at this group.
     groups.pop("video_backbone", None)
-    if unknown := set(groups) - {"projectors", "llm_backbone", "feature_fusion"}:
+    if unknown := {name for name in groups if groups[name]} - {"projectors", "llm_backbone", "feature_fusion"}:
         raise CheckpointError(f"{path}: unknown groups {', '.join(sorted(unknown))}")
-    fusion = convert_fusion_state_dict(groups.get("feature_fusion") or {})
+    fusion = convert_fusion_state_dict(groups["feature_fusion"])
     return (
         _prefixed("video_model.tail.projectors.", groups["projectors"])
         | _prefixed("video_model.tail.fusion.", fusion)
@@ -109,12 +122,12 @@ def merv_config(
         text_config=text_config,
         arch_specifier=run["arch_specifier"],
         feature_fusion=run["feature_fusion"],
-        projector_token_length=run.get("projector_token_length", 64),
+        projector_token_length=run["projector_token_length"],
         fusion_query_width=3072 if query is None else query.shape[-1],
         fusion_positional_embedding="video_model.tail.fusion.pe" in tensors,
         prompt_format=language_model(run["llm_backbone_id"]).prompt_format,
         video_token_id=video_token_id,
-        max_text_length=run.get("llm_max_length", 2048),
+        max_text_length=run["llm_max_length"],
         model_id=run["model_id"],
         **{f"{name}_config": MervEncoderConfig.from_encoder(config) for name, config in encoders.items()},
     )

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from merv_fast.encoders import AnyEncoderConfig, convert_state_dict, read_weights
+from merv_fast.models.reference import CHECKPOINT, CONFIG
 
 __all__ = ["MODELS", "Sources"]
 
@@ -43,11 +45,25 @@ class Sources:
     encoder_paths: Mapping[str, str | Path] = field(default_factory=dict)
     encoder_configs: Mapping[str, AnyEncoderConfig] = field(default_factory=dict)
 
+    @property
+    def hub(self) -> dict[str, Any]:
+        """Keyword arguments of transformers' ``from_pretrained``."""
+        return {"token": self.hf_token, "cache_dir": self.cache_dir}
+
+    def has_file(self, source: str | Path, name: str) -> bool:
+        """Whether a folder or a repository on the hub has that file."""
+        if Path(source).is_dir():
+            return (Path(source) / name).is_file()
+        try:
+            return self.download(str(source), name).is_file()
+        except FileNotFoundError:
+            return False
+
     def run_files(self, model_id: str) -> tuple[Path, Path]:
         """Paths of ``config.json`` and checkpoint of a published model, downloaded if need be."""
         return (
-            self.download(HUB_REPO, f"{model_id}/config.json"),
-            self.download(HUB_REPO, f"{model_id}/checkpoints/latest-checkpoint.pt"),
+            self.download(HUB_REPO, f"{model_id}/{CONFIG}"),
+            self.download(HUB_REPO, f"{model_id}/{CHECKPOINT}"),
         )
 
     def encoder_weights(self, encoder_id: str, config: AnyEncoderConfig) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from merv_fast.models.processing import MervProcessor, MervVideoProcessor
 
 __all__ = ["build_tiny", "tiny_config", "tiny_encoders", "tiny_tokenizer"]
 
-SPECIAL_TOKENS = ["<PAD>", "<s>", "</s>", "<video>"]
+SPECIAL_TOKENS = ["<PAD>", "<s>", "</s>", "<|video_pad|>"]
 SENTENCES = (
     "What happens in this video? What color is the ball? Which way does the ball move? How many shapes are there?",
     "The red ball moves to the right. The blue box rises slowly. A green square turns left and stops.",
@@ -64,7 +64,7 @@ def tiny_config() -> MervConfig:
         text_config=text,
         projector_token_length=16,
         fusion_query_width=96,
-        video_token_id=SPECIAL_TOKENS.index("<video>"),
+        video_token_id=SPECIAL_TOKENS.index("<|video_pad|>"),
         model_id="merv-tiny",
         trained=False,
         **{f"{name}_config": MervEncoderConfig.from_encoder(config) for name, config in encoders.items()},
@@ -91,7 +91,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<PAD>",
-        extra_special_tokens=["<video>"],
+        extra_special_tokens=["<|video_pad|>"],
     )
 
 
@@ -108,7 +108,7 @@ def tiny_processor(model: MervForConditionalGeneration, **kwargs: Any) -> MervPr
     return MervProcessor(
         MervVideoProcessor(num_frames=max(model.config.num_frames)),
         tiny_tokenizer(),
-        chat_template=chat_template(model.config.prompt_format, "<video>"),
+        chat_template=chat_template(model.config.prompt_format, "<|video_pad|>"),
         num_video_tokens=model.video_model.num_video_tokens,
         **kwargs,
     )

@@ -74,6 +74,7 @@ def load_frames(
 
     A clip must start inside the video and end after its start; an end past the video's counts as the
     video's. With ``end_frame >= 0``, and for a single picture, the bounds in seconds are not looked at.
+    A whole GIF is sampled from its first frame to its last.
 
     Args:
         path: As `open_video` takes it.
@@ -97,6 +98,9 @@ def load_frames(
         return video.frames_at([0] * count)
     if end_frame is None or end_frame < 0:
         start, end = clip_bounds(clip_start_sec, clip_end_sec)
+        if not start and end is None and Path(video.path).suffix.lower() == ".gif":
+            # The reference counts a GIF's frames; its rate, rounded, could miss the last.
+            return video.frames_at(sample_indices(len(video), video.fps, count, end_frame=len(video) - 1))
         if not 0 <= start < video.duration or (end is not None and end <= start):
             clip = f"{start} s to {'its end' if end is None else f'{end} s'}"
             raise VideoError(

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.reformatter import VideoReformatter
 
-__all__ = ["to_rgb"]
+__all__ = ["blacken_transparent", "to_rgb"]
 
 UNSPECIFIED = 2
 # AVColorSpace values that libswscale converts: RGB, BT.709, -, FCC, BT.470BG, SMPTE 170M, 240M, BT.2020.
@@ -28,3 +28,10 @@ def to_rgb(frame: "VideoFrame", reformatter: "VideoReformatter", size: tuple[int
     height, width = size
     rgb = reformatter.reformat(frame, width=width, height=height, format="rgb24")
     return cast("NDArray[np.uint8]", rgb.to_ndarray())
+
+
+def blacken_transparent(frame: "VideoFrame", rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """``rgb`` with black where a GIF's ``frame`` shows nothing, as Pillow has it; FFmpeg has white there."""
+    if frame.format.name != "bgra":
+        return rgb
+    return rgb * (frame.to_ndarray()[..., 3:] > 0)

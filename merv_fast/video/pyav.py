@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from merv_fast.errors import VideoError
 from merv_fast.video.base import Video, VideoLimits
 from merv_fast.video.container import decode_all, open_container
-from merv_fast.video.picture import to_rgb
+from merv_fast.video.picture import blacken_transparent, to_rgb
 from merv_fast.video.survey import survey
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ class PyAVVideo(Video):
         for index, frame, exact in self._pick(wanted):
             missing += not exact
             pixels = to_rgb(frame, reformatter, self._survey.coded_size)
+            if self._survey.codec == "gif":
+                pixels = blacken_transparent(frame, pixels)
             yield index, self._survey.orientation.apply(pixels)
         self._report(missing, len(wanted))
 

@@ -50,7 +50,7 @@ def encoder_configs(num_frames: list[int]) -> dict[str, EncoderConfig]:
     return configs
 
 
-def byte_tokenizer(vocab_size: int, video_token: str = "<video>") -> PreTrainedTokenizerFast:
+def byte_tokenizer(vocab_size: int, video_token: str = "<|video_pad|>") -> PreTrainedTokenizerFast:
     """Bytes as tokens behind <PAD>, <s>, </s> and the video token, with BOS in front as LLaMA's has."""
     special = ["<PAD>", "<s>", "</s>", video_token]
     symbols = special + sorted(pre_tokenizers.ByteLevel.alphabet())

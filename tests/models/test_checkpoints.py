@@ -4,10 +4,12 @@ import shutil
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, normalizers, processors
 from transformers import AutoModel
 
 from merv_fast import CheckpointError, available_models, load_vid
 from merv_fast.models import MervVideoModel
+from merv_fast.models.reference import read_run_config
 from tests.golden_files import load
 from tests.models.golden_run import MODELS, byte_tokenizer, checkpoint, write_run
 
@@ -84,8 +86,40 @@ def test_groups_that_are_missing_or_unknown_are_listed(run):
     with pytest.raises(CheckpointError, match="missing groups llm_backbone; it holds projectors"):
         load_vid(**run)
     rewrite(run, mystery={})
+    load_vid(**run)  # an empty group is none
+    rewrite(run, mystery={"weight": torch.zeros(1)})
     with pytest.raises(CheckpointError, match="unknown groups mystery"):
         load_vid(**run)
+
+
+def test_the_fusion_goes_by_its_newer_name(run):
+    expected = {key: value.clone() for key, value in load_vid(**run).model.state_dict().items()}
+    old = {key: torch.zeros_like(value) for key, value in checkpoint(load(MODELS[0])[0])["feature_fusion"].items()}
+    rewrite(run, adapter=old)
+    state = load_vid(**run).model.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in expected.items())
+
+
+def test_what_a_run_leaves_out_is_merv_base(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model": {"num_frames": [8, 8, 16, 8, 99]}}))
+    run = read_run_config(tmp_path / "config.json")
+    assert run["num_frames"] == [8, 8, 16, 8]
+    assert run["arch_specifier"] == "no-align+3davg+linear"
+    assert run["feature_fusion"] == "cross_attention_avg_lq"
+    assert run["llm_backbone_id"] == "llama2-7b-pure"
+    assert next(iter(run["video_backbone_ids"])) == "languagebind-video-noclass"
+
+
+def test_one_encoder_twice(tmp_path):
+    encoder_id = "dinov2-video-all-tokens"
+    arguments = write_run(tmp_path, "model_concat_linear", video_backbone_ids=[encoder_id] * 2, num_frames=[8, 8])
+    groups = checkpoint(load("model_concat_linear")[0])
+    groups["projectors"] = {key: value for key, value in groups["projectors"].items() if key[0] in "01"}
+    torch.save({"model": groups}, tmp_path / "run/checkpoints/latest-checkpoint.pt")
+    vidlm = load_vid(**arguments)
+    assert vidlm.config.encoders == ["dinov2", "dinov2_2"]
+    first, second = vidlm.model.video_model.encoders.values()
+    assert torch.equal(first.patch.weight, second.patch.weight)
 
 
 def test_a_pickle_that_runs_code_is_refused(run, tmp_path):
@@ -109,8 +143,11 @@ def test_files_that_are_not_there(run, tmp_path):
     (tmp_path / "hollow/config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(CheckpointError, match="model_type must be 'merv', got 'llama'"):
         load_vid(tmp_path / "hollow")
-    (tmp_path / "hollow/config.json").write_text(json.dumps({"model": {"model_id": "x"}}))
-    with pytest.raises(CheckpointError, match="the model section lacks arch_specifier"):
+    (tmp_path / "hollow/config.json").write_text(json.dumps({"model": "x"}))
+    with pytest.raises(CheckpointError, match="model must be an object, got 'x'"):
+        load_vid(tmp_path / "hollow")
+    (tmp_path / "hollow/config.json").write_text(json.dumps({"model": {"num_frames": [16]}}))
+    with pytest.raises(CheckpointError, match=r"num_frames must be one for each of \['languagebind.* got \[16\]"):
         load_vid(tmp_path / "hollow")
 
 
@@ -168,3 +205,26 @@ def test_a_tokenizer_that_has_no_video_token_gets_one(golden_run, clips, tmp_pat
     asked = {"do_sample": False, "max_new_tokens": 8}
     expected = load_vid(**golden_run).generate(clips[0], "In: Why?\nOut:", **asked)
     assert vidlm.generate(clips[0], "In: Why?\nOut:", **asked) == expected
+
+
+def test_llama2_prompts_are_cut_as_its_own_tokenizer_file_says(golden_run, tmp_path):
+    """Its normaliser puts a space before every piece of text, also behind ``</s>``; a rebuilt tokenizer does not."""
+    special = ["<PAD>", "<s>", "</s>"]
+    letters = ["\u2581", *sorted(set("In: What?\nOut: A person rides.Which way do they go?<video>"))]
+    file = Tokenizer(models.BPE({token: index for index, token in enumerate(special + letters)}, [], unk_token="<PAD>"))
+    file.add_special_tokens(special)
+    file.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    file.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    shutil.copytree(golden_run["llm_path"], tmp_path / "llm")
+    file.save(str(tmp_path / "llm/tokenizer.json"))
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "legacy": False}
+    (tmp_path / "llm/tokenizer_config.json").write_text(json.dumps(settings))
+    vidlm = load_vid(**golden_run | {"llm_path": tmp_path / "llm"})
+    vidlm.save_pretrained(tmp_path / "ours")
+    for loaded in (vidlm, load_vid(tmp_path / "ours")):
+        for text in (
+            "In: What?\nOut:",
+            "In: What?\nOut: A person rides.</s>In: Which way?\nOut:",
+            "In: a\n<video>\nOut:",
+        ):
+            assert loaded.tokenizer(text).input_ids == file.encode(text).ids

@@ -44,7 +44,7 @@ def qwen():
     tokenizer._tokenizer.post_processor = None
     tokenizer.bos_token = None
     processor = MervProcessor(
-        MervVideoProcessor(num_frames=16), tokenizer, chat_template("qwen2.5", "<video>"), num_video_tokens=64
+        MervVideoProcessor(num_frames=16), tokenizer, chat_template("qwen2.5", "<|video_pad|>"), num_video_tokens=64
     )
     return MervModel(model, processor)
 
@@ -63,7 +63,7 @@ def test_it_answers_and_survives_saving(qwen, clips, tmp_path):
 @torch.no_grad()
 def test_the_video_comes_first(qwen, clips):
     """The reference's splice for a tokenizer without BOS."""
-    inputs = qwen.processor(text="<video>Why?", videos=str(clips[0]))
+    inputs = qwen.processor(text="<|video_pad|>Why?", videos=str(clips[0]))
     placed = qwen.model(**inputs).logits
     tokens = qwen.model.get_video_features(inputs["pixel_values_videos"]).pooler_output
     text = qwen.model.get_input_embeddings()(torch.tensor([qwen.tokenizer("Why?").input_ids]))
@@ -73,7 +73,7 @@ def test_the_video_comes_first(qwen, clips):
 
 def test_a_placeholder_may_lie_past_the_embedding(qwen, clips):
     """A tokenizer may number its video token behind the last row."""
-    inputs = qwen.processor(text="<video>Why?", videos=str(clips[0]))
+    inputs = qwen.processor(text="<|video_pad|>Why?", videos=str(clips[0]))
     with torch.no_grad():
         expected = qwen.model(**inputs).logits
         qwen.config.video_token_id = 5000
@@ -98,7 +98,7 @@ def test_says_what_is_wrong(qwen, clips, ids, message):
 
 
 def test_gradients_reach_every_trained_part(qwen, clips):
-    inputs = qwen.processor(text="<video>Why?", videos=str(clips[0]))
+    inputs = qwen.processor(text="<|video_pad|>Why?", videos=str(clips[0]))
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == 3, -100)
     qwen.model.video_model.encoders.requires_grad_(False)
     try:

@@ -22,13 +22,13 @@ def test_visual_tokens_follow_the_bos(processor):
 
 def test_a_marker_in_front_changes_nothing(processor):
     with_marker, without = (
-        processor(text=t, videos=np.zeros((32, 8, 8, 3), np.uint8)) for t in ("<video>In: a", "In: a")
+        processor(text=t, videos=np.zeros((32, 8, 8, 3), np.uint8)) for t in ("<|video_pad|>In: a", "In: a")
     )
     assert torch.equal(with_marker["input_ids"], without["input_ids"])
 
 
 def test_a_marker_elsewhere_stays_there(processor):
-    ids = processor(text="In: <video>a")["input_ids"][0].tolist()
+    ids = processor(text="In: <|video_pad|>a")["input_ids"][0].tolist()
     before = processor.tokenizer("In: ").input_ids
     assert ids[: len(before)] == before
     assert ids[len(before) : len(before) + 256] == [processor.video_token_id] * 256
@@ -44,7 +44,7 @@ def test_without_bos_the_visual_tokens_come_first(processor, monkeypatch):
     tokenizer._tokenizer.post_processor = None
     tokenizer.bos_token = None
     monkeypatch.setattr(processor, "tokenizer", tokenizer)
-    ids = processor(text="<video>ab")["input_ids"][0].tolist()
+    ids = processor(text="<|video_pad|>ab")["input_ids"][0].tolist()
     assert ids == [processor.video_token_id] * 256 + tokenizer("ab").input_ids
 
 
@@ -98,13 +98,13 @@ def test_saved_and_loaded(processor, tmp_path):
     assert type(again) is type(processor)
     assert again.chat_template == processor.chat_template
     assert again.video_processor.num_frames == 32
-    assert torch.equal(again(text="<video>In: a")["input_ids"], processor(text="<video>In: a")["input_ids"])
+    assert torch.equal(again(text="<|video_pad|>In: a")["input_ids"], processor(text="<|video_pad|>In: a")["input_ids"])
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"text": "<video><video>a"}, "text must hold one <video> at most, got 2"),
+        ({"text": "<|video_pad|><|video_pad|>a"}, r"text must hold one <\|video_pad\|> at most, got 2"),
         (
             {"text": ["a", "b"], "videos": np.zeros((32, 8, 8, 3), np.uint8)},
             r"videos must be one per prompt \(2\), got 1",
@@ -131,7 +131,7 @@ def test_vllm_can_ask_how_many_tokens(processor):
         256,
         256,
     ]
-    assert processor.replace_video_token({}) == "<video>" * 256
+    assert processor.replace_video_token({}) == "<|video_pad|>" * 256
 
 
 def test_labels_are_ignored_where_the_video_is():

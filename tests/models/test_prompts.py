@@ -26,17 +26,17 @@ def test_chat_templates_render_the_same(name, turns, expected):
         {"role": {"human": "user", "gpt": "assistant"}[role], "content": [{"type": "text", "text": message}]}
         for role, message in FILE["turns"][: int(turns)]
     ]
-    template = chat_template(FORMATS[name], "<video>")
+    template = chat_template(FORMATS[name], "<|video_pad|>")
     (text,), _ = render_jinja_template([messages], chat_template=template)
     assert text == expected
     messages[0]["content"].insert(0, {"type": "video", "path": "x.mp4"})
     (text,), _ = render_jinja_template([messages], chat_template=template)
-    assert text == "<video>" + expected
+    assert text == "<|video_pad|>" + expected
 
 
 def test_a_system_message_replaces_the_default():
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    (text,), _ = render_jinja_template([messages], chat_template=chat_template("vicuna-v15", "<video>"))
+    (text,), _ = render_jinja_template([messages], chat_template=chat_template("vicuna-v15", "<|video_pad|>"))
     builder = prompts.VicunaV15ChatPromptBuilder(system_prompt="Be brief.")
     builder.add_turn("human", "Hi")
     assert text == builder.get_prompt() == "Be brief. USER: Hi ASSISTANT:"
@@ -44,7 +44,7 @@ def test_a_system_message_replaces_the_default():
 
 def test_potential_prompt_leaves_the_builder_as_it_is():
     builder = prompts.PurePromptBuilder()
-    assert builder.get_potential_prompt("Why?") == "In: Why?\nOut:"
+    assert builder.get_potential_prompt("Why? <image>") == "In: Why? <image>\nOut:"
     assert builder.get_prompt() == ""
 
 

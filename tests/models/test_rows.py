@@ -93,6 +93,14 @@ def test_class_tokens_only():
     assert run(video_model(chosen, arch_specifier="no-align+linear")).pooler_output.shape == (2, 16, 96)
 
 
+def test_a_single_token_a_slot_spreads_over_the_grid():
+    """The reference pools its 1 x 1 grid to 2 x 2 like any other."""
+    chosen = {"dinov2": dataclasses.replace(small(tiny_encoders()["dinov2"]), tokens="class")}
+    tokens = run(video_model(chosen, arch_specifier="3davg+linear", feature_fusion="first")).pooler_output
+    assert tokens.shape == (2, 16 * 4, 96)
+    assert torch.equal(tokens.unflatten(1, (16, 4))[:, :, :1].expand(-1, -1, 4, -1), tokens.unflatten(1, (16, 4)))
+
+
 def test_all_tokens():
     """The row "257 tok": class token and patches of every slot, none resampled."""
     chosen = {"languagebind": dataclasses.replace(small(tiny_encoders()["languagebind"]), tokens="all")}
