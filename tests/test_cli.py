@@ -110,6 +110,12 @@ def test_doctor():
     [
         (["ask", "nowhere.mp4", "Why?"], "error: nowhere.mp4: "),
         (["ask", "CLIP", "Why?", "--device", "quantum"], "error: --device must be auto, cpu, cuda or cuda:N"),
+        (["ask", "CLIP", "Why?", "--device", "cuda:7"], "error: --device cuda:7: torch sees "),
+        (["ask", "CLIP", "Why?", "--device", "mps"], "error: --device must be auto, cpu, cuda or cuda:N"),
+        (
+            ["ask", "CLIP", "Why?", "--llm-path", "x"],
+            "error: load_vid: llm_path, encoder_paths and encoder_configs must",
+        ),
         (["ask", "CLIP", "Why?", "--dtype", "int8"], "error: --dtype must be auto or one of"),
         (["ask", "CLIP", "Why?", "--model", "merv-huge"], "error: load_vid: model_id_or_path must be"),
         (["ask", "CLIP", "Why?", "--start", "99"], "error: "),
@@ -127,6 +133,20 @@ def test_an_error_is_one_line(monkeypatch, capsys, clip, arguments, words):
 def test_usage_errors_have_their_own_exit_code(monkeypatch, capsys, clip):
     assert run_main(monkeypatch, capsys, "ask", clip)[0] == 2
     assert run_main(monkeypatch, capsys, "ask", clip, "Why?", "--encoder", "nonsense")[0] == 2
+    assert run_main(monkeypatch, capsys, "ask", clip, "Why?", "--encoder", "=x")[0] == 2
+
+
+def test_version():
+    from merv_fast import __version__
+
+    assert runner.invoke(app, ["--version"]).stdout == f"merv-fast {__version__}\n"
+
+
+def test_narrow_terminals_keep_numbers_and_commands(clip):
+    narrow = {"COLUMNS": "60"}
+    assert "0.2" in runner.invoke(app, ["explain", clip], env={"COLUMNS": "40"}).stdout
+    words = "".join(runner.invoke(app, ["doctor"], env=narrow).stdout.split("\n"))
+    assert "…" not in words
 
 
 @pytest.mark.parametrize("command", [[], ["ask"], ["explain"], ["convert"], ["doctor"]])

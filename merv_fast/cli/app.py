@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+import merv_fast
+
 if TYPE_CHECKING:
     from merv_fast.cli.ask import Loader
 
@@ -45,6 +47,23 @@ FpsOption = Annotated[
 EndOption = Annotated[
     float | None, typer.Option(help="Where it ends, in seconds; the video's end if not given.", show_default=False)
 ]
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and stop."""
+    if wanted:
+        typer.echo(f"merv-fast {merv_fast.__version__}")
+        raise typer.Exit
+
+
+VersionOption = Annotated[
+    bool, typer.Option("--version", help="Print the version.", callback=print_version, is_eager=True)
+]
+
+
+@app.callback()
+def options(version: VersionOption = False) -> None:
+    """MERV, the multi-encoder video language model: ask questions about videos."""
 
 
 @app.command()
@@ -100,7 +119,7 @@ def convert(
         str, typer.Argument(help="A run directory of the reference, or a published id.", show_default=False)
     ],
     out: Annotated[Path, typer.Argument(help="Where to write ours.", show_default=False)],
-    dtype: DtypeOption = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (that of the checkpoint), float32, bfloat16 or float16.")] = "auto",
     llm_path: LlmOption = None,
     encoder: EncoderOption = None,
 ) -> None:
@@ -124,9 +143,9 @@ def main() -> None:
 
     try:
         app()
-    except (MervFastError, ValueError, OSError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        typer.echo(f"error: {first_line}", err=True)
+    except (MervFastError, ValueError, TypeError, OSError, RuntimeError) as error:
+        message = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        typer.echo(f"error: {message or type(error).__name__}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -145,6 +164,6 @@ def clip(start: float, end: float | None, fps: float | None) -> dict[str, float 
 
 def _pairs(encoder: list[str] | None) -> dict[str, str]:
     pairs = dict(item.partition("=")[::2] for item in encoder or [])
-    if wrong := [key for key, value in pairs.items() if not value]:
+    if wrong := [key for key, value in pairs.items() if not (key and value)]:
         raise typer.BadParameter(f"--encoder must be ID=PATH, got {wrong[0]!r}")
     return pairs

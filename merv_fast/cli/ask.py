@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,12 +47,11 @@ def parse_device(name: str) -> torch.device:
     """The device of that name, if this machine has it."""
     if name == "auto":
         return default_device()
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: torch sees no GPU here; use --device cpu, or see merv-fast doctor")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs here; see merv-fast doctor")
     return device
 
 
@@ -124,8 +124,8 @@ def weights_table(weights: dict[str, float]) -> Table:
     """A bar for each encoder's share."""
     table = Table(title="weight of each encoder", title_justify="left")
     table.add_column("encoder")
-    table.add_column("weight", justify="right")
-    table.add_column("", width=BAR)
+    table.add_column("weight", justify="right", no_wrap=True)
+    table.add_column("", max_width=BAR)
     for name, weight in weights.items():
         table.add_row(name, f"{weight:.3f}", "█" * round(weight * BAR))
     return table

@@ -16,7 +16,7 @@ def show_components() -> None:
     console = Console()
     table = Table(title="merv_fast on this machine", title_justify="left")
     for column in ("part", "version", "used for", "to get it"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for part in components():
         missing = part.version is None
         table.add_row(

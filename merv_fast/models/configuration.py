@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -30,7 +31,8 @@ class MervEncoderConfig(PreTrainedConfig):
     @classmethod
     def from_encoder(cls, config: AnyEncoderConfig) -> MervEncoderConfig:
         """Wrap an encoder's own configuration."""
-        return cls(architecture=config_to_dict(config))
+        # Through JSON, so that it equals what is read back from a file.
+        return cls(architecture=json.loads(json.dumps(config_to_dict(config))))
 
     def to_encoder(self) -> AnyEncoderConfig:
         """The encoder's own configuration."""
@@ -98,6 +100,9 @@ class MervConfig(PreTrainedConfig):
         if not isinstance(self.text_config, PreTrainedConfig):
             fields = dict(self.text_config or self.LLAMA2_7B)
             self.text_config = AutoConfig.for_model(fields.pop("model_type", "llama"), **fields)
+        frames = kwargs.pop("num_frames", None)
+        if frames is not None and list(frames) != self.num_frames:
+            raise ValueError(f"MervConfig: num_frames must be those of its encoders, {self.num_frames}, got {frames}")
         super().__post_init__(**kwargs)
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from merv_fast.models.reference import (
     is_run_directory,
     merv_config,
     read_checkpoint,
+    read_json,
     read_run_config,
 )
 from merv_fast.models.sources import MODELS, Sources
@@ -74,16 +74,16 @@ def load_vid(
     """
     sources = Sources(hf_token, cache_dir, llm_path, encoder_paths or {}, encoder_configs or {})
     path = Path(model_id_or_path)
-    if path.is_dir():
+    if str(model_id_or_path) and path.is_dir():
         if is_run_directory(path):
             vidlm = _load_run(path / CONFIG, path / CHECKPOINT, sources, dtype)
         else:
             vidlm = _load_ours(path, sources, dtype)
-    elif model_id_or_path == TINY:
+    elif str(model_id_or_path) == TINY:
         vidlm = _load_ours(ASSETS / TINY, sources, dtype)
     elif (model_id := _published(str(model_id_or_path))) is not None:
         vidlm = _load_run(*sources.run_files(model_id), sources, dtype)
-    elif str(model_id_or_path).count("/") == 1 and not path.is_absolute():
+    elif str(model_id_or_path).count("/") == 1 and str(model_id_or_path)[0] not in "./~":
         vidlm = _load_ours(str(model_id_or_path), sources, dtype)
     else:
         raise ValueError(
@@ -99,6 +99,9 @@ def _published(name: str) -> str | None:
 
 
 def _load_ours(path: str | Path, sources: Sources, dtype: torch.dtype | None) -> MervModel:
+    if sources.llm_path or sources.encoder_paths or sources.encoder_configs:
+        rule = "left out for a model in our format, which holds all its parts"
+        raise ValueError(f"load_vid: llm_path, encoder_paths and encoder_configs must be {rule}, got {path}")
     _check_model_type(path)
     model = MervForConditionalGeneration.from_pretrained(path, dtype=dtype or "auto", **sources.hub)
     return MervModel(model, MervProcessor.from_pretrained(path, **sources.hub))
@@ -108,7 +111,7 @@ def _check_model_type(path: str | Path) -> None:
     config = Path(path) / "config.json"
     if Path(path).is_dir() and not config.is_file():
         raise CheckpointError(f"{path}: no config.json: neither a run directory of the reference nor a model of ours")
-    if config.is_file() and (kind := json.loads(config.read_text()).get("model_type")) != "merv":
+    if config.is_file() and (kind := read_json(config).get("model_type")) != "merv":
         raise CheckpointError(f"{config}: model_type must be 'merv', got {kind!r}")
 
 
@@ -116,6 +119,8 @@ def _load_run(config_json: Path, checkpoint: Path, sources: Sources, dtype: torc
     run = read_run_config(config_json)
     tensors = read_checkpoint(checkpoint)
     ids = run["video_backbone_ids"]
+    if unknown := (sources.encoder_paths.keys() | sources.encoder_configs.keys()) - set(ids):
+        raise ValueError(f"load_vid: encoders must be among {', '.join(ids)}, got {', '.join(sorted(unknown))}")
     encoders = [_encoder(*pair, run, sources) for pair in zip(ids, run["num_frames"], strict=True)]
     names = encoder_names(encoders)
     for name, encoder_id, encoder in zip(names, ids, encoders, strict=True):

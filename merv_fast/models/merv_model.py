@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -19,6 +21,8 @@ from merv_fast.runtime.trace import StageTimer
 from merv_fast.video import load_frames
 
 __all__ = ["MervModel"]
+
+logger = logging.getLogger("merv_fast")
 
 
 class LLMBackbone(NamedTuple):
@@ -89,15 +93,26 @@ class MervModel(nn.Module):
     def save_pretrained(self, directory: str | Path, **kwargs: Any) -> None:
         """Write model, tokenizer and processor where ``load_vid`` and transformers' Auto classes find them.
 
-        Files are put in place when they are whole, so that a model may be saved over the files it is mapped from.
+        Files are put in place when they are whole, so that a model may be saved over the files it is mapped from;
+        weights of an earlier save are removed.
+
+        Args:
+            directory: made if need be.
+            kwargs: for transformers' ``save_pretrained`` of the model, such as ``max_shard_size``.
         """
+        if kwargs.get("push_to_hub"):
+            raise ValueError("save_pretrained: push_to_hub must be False; save, then upload the directory")
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=directory, prefix=".saving-") as whole:
             self.model.save_pretrained(whole, **kwargs)
             self.processor.save_pretrained(whole)
-            for file in Path(whole).iterdir():
-                file.replace(directory / file.name)
+            files = [file.relative_to(whole) for file in Path(whole).rglob("*") if file.is_file()]
+            for stale in {path.relative_to(directory) for path in directory.glob("model*.safetensors*")} - set(files):
+                (directory / stale).unlink()
+            for file in files:
+                (directory / file).parent.mkdir(parents=True, exist_ok=True)
+                (whole / file).replace(directory / file)
 
     @torch.inference_mode()
     def generate(
@@ -148,9 +163,12 @@ class MervModel(nn.Module):
             end_frame: instead of the two, sample from the first frame to this one.
             fps: frames per second of a folder of frames.
             batch_size: prompts that run together.
-            kwargs: any argument of transformers' ``generate``. ``min_length`` and ``max_length`` count the tokens of
-                the prompt but not those of the video, as in the reference.
+            kwargs: any argument of transformers' ``generate`` but ``return_dict_in_generate``. ``min_length`` and
+                ``max_length`` count the tokens of the prompt but not those of the video, as in the reference. Of
+                several returned sequences the first is the answer, also as there.
         """
+        if kwargs.get("return_dict_in_generate"):
+            raise ValueError("generate: return_dict_in_generate must be False; call .model.generate for its output")
         if num_frames is not None and list(num_frames) != self.config.num_frames:
             raise ValueError(f"generate: num_frames must be {self.config.num_frames}, got {list(num_frames)}")
         if batch_size < 1:
@@ -196,9 +214,11 @@ class MervModel(nn.Module):
         timer: StageTimer,
     ) -> None:
         """Encode in one batch those of ``sources`` that ``encoded`` lacks."""
-        missing: dict[Any, str | Path | None] = {}
+        missing: dict[Any, str | PathLike[str] | None] = {}
         for source in sources:
             if isinstance(source, VisualTokens):
+                if given := [name for name, value in clip.items() if value]:
+                    raise ValueError(f"generate: {given[0]} must be left out for a video already encoded")
                 encoded[video_key(source)] = source
             elif video_key(source) not in encoded:
                 missing[video_key(source)] = source
@@ -250,14 +270,19 @@ class MervModel(nn.Module):
                 truncation=True,
                 max_length=self.config.max_text_length,
             ).to(self.device)
+            self._warn_of_truncation(prompts)
             tokens = torch.stack([item.tokens for item in visual]).to(self.device)
             text_lengths = inputs["attention_mask"].sum(1) - tokens.shape[1]
             ids = self.model.generate(
                 **inputs,
                 mm_encoder_outputs={"video": MervVideoOutput(pooler_output=tokens)},
-                pad_token_id=self.tokenizer.pad_token_id,
-                **in_new_tokens(kwargs, text_lengths.tolist()),
+                **{"pad_token_id": self.tokenizer.pad_token_id} | in_new_tokens(kwargs, text_lengths.tolist()),
             )
-            # Of several sequences returned for a prompt the first counts, as in the reference.
             new = ids[:: len(ids) // len(prompts), inputs["input_ids"].shape[1] :]
             return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+    def _warn_of_truncation(self, prompts: Sequence[str]) -> None:
+        """Say when the end of a prompt, where the answer would begin, is cut off; the reference cuts in silence."""
+        longest = max(len(self.tokenizer(prompt).input_ids) for prompt in prompts)
+        if longest > self.config.max_text_length:
+            logger.warning("a prompt of %d tokens is cut to its first %d", longest, self.config.max_text_length)

@@ -65,9 +65,11 @@ class MervForConditionalGeneration(MervPreTrainedModel, GenerationMixin):
         """The language model without its head."""
         return self.language_model.get_decoder()
 
-    def get_video_features(self, pixel_values_videos: Tensor | Sequence[Tensor], **kwargs: Any) -> MervVideoOutput:
+    def get_video_features(
+        self, pixel_values_videos: Tensor | Sequence[Tensor], **kwargs: Any
+    ) -> MervVideoOutput | tuple[Any, ...]:
         """Visual tokens of a batch of videos; ``pooler_output`` is [B, S, D]."""
-        return self.video_model.get_video_features(pixel_values_videos)
+        return self.video_model.get_video_features(pixel_values_videos, **kwargs)
 
     def forward(
         self,
@@ -82,7 +84,7 @@ class MervForConditionalGeneration(MervPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, Any] | None = None,
         **kwargs: Any,
-    ) -> MervCausalLMOutput:
+    ) -> MervCausalLMOutput | tuple[Any, ...]:
         """Logits [B, S, vocabulary] of the language model and, with ``labels`` [B, S], the loss.
 
         Args:
@@ -100,11 +102,10 @@ class MervForConditionalGeneration(MervPreTrainedModel, GenerationMixin):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("MervForConditionalGeneration: give exactly one of input_ids and inputs_embeds")
-        if pixel_values_videos is not None and mm_encoder_outputs:
-            raise ValueError(
-                "MervForConditionalGeneration: give only one of pixel_values_videos and mm_encoder_outputs"
-            )
         video = (mm_encoder_outputs or {}).get("video")
+        if pixel_values_videos is not None and (video is not None or input_ids is None):
+            rule = "left out with mm_encoder_outputs or inputs_embeds"
+            raise ValueError(f"MervForConditionalGeneration: pixel_values_videos must be {rule}, got both")
         if pixel_values_videos is not None:
             video = self.get_video_features(pixel_values_videos)
         if input_ids is not None:
@@ -117,9 +118,9 @@ class MervForConditionalGeneration(MervPreTrainedModel, GenerationMixin):
             labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
-            **kwargs,
+            **kwargs | {"return_dict": True},
         )
-        return MervCausalLMOutput(
+        output = MervCausalLMOutput(
             loss=outputs.get("loss"),
             logits=outputs.logits,
             past_key_values=outputs.get("past_key_values"),
@@ -127,21 +128,28 @@ class MervForConditionalGeneration(MervPreTrainedModel, GenerationMixin):
             attentions=outputs.get("attentions"),
             encoder_weights=getattr(video, "encoder_weights", None),
         )
+        as_object = kwargs.get("return_dict")
+        return output if (self.config.return_dict if as_object is None else as_object) else output.to_tuple()
 
     def _embed(self, input_ids: Tensor, video: Any | None) -> Tensor:
         """Token embeddings [B, S, D] with the visual tokens at their placeholders."""
         is_video = input_ids == self.config.video_token_id
         # A placeholder may lie past the last row of the embedding: look up a row that is always there.
         embeds = self.get_input_embeddings()(input_ids.masked_fill(is_video, 0))
+        # While decoding, a single token at a time, there is nothing to check and no reason to wait for the device.
+        checked = input_ids.shape[1] > 1 and not torch.compiler.is_compiling()
+        placeholders = int(is_video.sum()) if checked else 0
         if video is None:
+            if placeholders:
+                rule = "no placeholders without a video"
+                raise ValueError(f"MervForConditionalGeneration: input_ids must hold {rule}, got {placeholders}")
             return embeds
-        tokens = video.pooler_output
-        tokens = tokens if isinstance(tokens, Tensor) else torch.stack(list(tokens))
-        if not torch.compiler.is_compiling() and int(is_video.sum()) != tokens.shape[0] * tokens.shape[1]:
+        tokens = stacked(video.pooler_output)
+        if checked and placeholders != tokens.shape[0] * tokens.shape[1]:
             raise ValueError(
                 f"MervForConditionalGeneration: input_ids must hold {tokens.shape[0] * tokens.shape[1]} placeholders "
                 f"(id {self.config.video_token_id}) for {tokens.shape[0]} videos of {tokens.shape[1]} tokens, "
-                f"got {int(is_video.sum())}"
+                f"got {placeholders}"
             )
         return embeds.masked_scatter(is_video[..., None], tokens.to(embeds.device, embeds.dtype))
 
@@ -150,20 +158,33 @@ class MervForConditionalGeneration(MervPreTrainedModel, GenerationMixin):
     ) -> tuple[Tensor, dict[str, Any]]:
         """Repeat the visual tokens with the prompts, for beams and several returned sequences."""
         input_ids, kwargs = super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
-        if mm_encoder_outputs is not None:
-            tokens = mm_encoder_outputs["video"].pooler_output.repeat_interleave(expand_size, dim=0)
+        video = (mm_encoder_outputs or {}).get("video")
+        if video is not None:
+            tokens = stacked(video.pooler_output).repeat_interleave(expand_size, dim=0)
             kwargs["mm_encoder_outputs"] = {"video": MervVideoOutput(pooler_output=tokens)}
         return input_ids, kwargs
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *args: Any, is_first_iteration: bool = False, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        *args: Any,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        """Hand the video over once, with the prompt; later steps read it from the cache."""
+        """Hand the video over once, with the prompt that has a place for it; later steps read it from the cache."""
         inputs = super().prepare_inputs_for_generation(
-            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
+            input_ids, *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
-        # Older transformers drop only the pixels by themselves.
-        if not is_first_iteration and kwargs.get("use_cache", True):
+        prompt = inputs.get("input_ids")
+        # Older transformers drop only the pixels by themselves, and only after the first step.
+        later = not is_first_iteration and kwargs.get("use_cache", True)
+        if later or prompt is None or not (prompt == self.config.video_token_id).any():
             for key in ("pixel_values_videos", "mm_encoder_outputs"):
                 inputs.pop(key, None)
         return inputs
+
+
+def stacked(tokens: Tensor | Sequence[Tensor]) -> Tensor:
+    """Visual tokens [B, S, D], also of a list of [S, D]."""
+    return tokens if isinstance(tokens, Tensor) else torch.stack(list(tokens))

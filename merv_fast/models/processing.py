@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.processing_utils import MultiModalData, VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
+from transformers.video_utils import VideoMetadata
 
 from merv_fast.models.splice import insert_placeholders, pad
-from merv_fast.video import load_frames, sample_indices
+from merv_fast.video import load_frames, open_video, sample_indices
 
 __all__ = ["MervProcessor", "MervVideoProcessor", "VideoInput"]
 
@@ -66,13 +67,31 @@ class MervVideoProcessor(BaseVideoProcessor):
         Returns:
             ``pixel_values_videos``: uint8 [B, F, 3, H, W], or a list of [F, 3, H_i, W_i] where sizes differ.
         """
-        count = num_frames or self.num_frames
+        count = self.num_frames if num_frames is None else num_frames
         frames = [
             _sampled(video, count, clip_start_sec=clip_start_sec, clip_end_sec=clip_end_sec, end_frame=end_frame)
             for video in _flat(videos)
         ]
         same_size = len({tuple(video.shape) for video in frames}) == 1
         return BatchFeature({"pixel_values_videos": torch.stack(frames) if same_size else frames})
+
+    def fetch_videos(self, video_url_or_urls: Any, sample_indices_fn: Any = None) -> Any:
+        """As in transformers, with our decoder: frames uint8 [F, H, W, 3] and their metadata, or lists of them."""
+        if isinstance(video_url_or_urls, list):
+            return list(zip(*(self.fetch_videos(item, sample_indices_fn) for item in video_url_or_urls), strict=True))
+        video = open_video(video_url_or_urls)
+        height, width = video.size
+        metadata = VideoMetadata(
+            total_num_frames=len(video),
+            fps=video.fps,
+            width=width,
+            height=height,
+            duration=video.duration,
+            video_backend="merv_fast",
+        )
+        indices = list(range(len(video))) if sample_indices_fn is None else sample_indices_fn(metadata=metadata)
+        metadata.frames_indices = indices
+        return video.frames_at(indices), metadata
 
 
 class MervProcessor(ProcessorMixin):
@@ -117,7 +136,8 @@ class MervProcessor(ProcessorMixin):
 
         Args:
             text: a prompt or several, each with or without a video marker at its start.
-            videos: as many as prompts, in order; None leaves places for tokens that are given to the model.
+            videos: one for each prompt that has a marker, in order, or, where none has one, for each prompt; None
+                leaves places at the markers for tokens that are given to the model.
             images: not supported, must be None.
             audio: not supported, must be None.
             padding_side: ``left`` to generate, ``right`` to train as the reference does.
@@ -127,20 +147,24 @@ class MervProcessor(ProcessorMixin):
         """
         if images is not None or audio is not None:
             raise ValueError("MervProcessor: images and audio must be None: MERV sees videos (a picture is one too)")
-        if return_tensors != "pt":
+        if return_tensors not in ("pt", None):
             raise ValueError(f"MervProcessor: return_tensors must be 'pt', got {return_tensors!r}")
-        text_kwargs, videos_kwargs = self._split(kwargs)
+        text_kwargs, videos_kwargs = _split(kwargs)
+        padding_side = text_kwargs.pop("padding_side", padding_side)
         data: dict[str, Any] = {}
         if videos is not None:
             data |= self.video_processor(videos, **videos_kwargs)
         if text is not None:
             prompts = [text] if isinstance(text, str) else list(text)
-            if videos is not None and len(data["pixel_values_videos"]) != len(prompts):
+            marked = [self.video_token in prompt for prompt in prompts]
+            if videos is not None and not any(marked):
+                marked = [True] * len(prompts)
+            if videos is not None and len(data["pixel_values_videos"]) != sum(marked):
                 raise ValueError(
-                    f"MervProcessor: videos must be one per prompt ({len(prompts)}), "
+                    f"MervProcessor: videos must be one per prompt with a video ({sum(marked)}), "
                     f"got {len(data['pixel_values_videos'])}"
                 )
-            rows = [self._ids(prompt, with_video=videos is not None, **text_kwargs) for prompt in prompts]
+            rows = [self._ids(*item, **text_kwargs) for item in zip(prompts, marked, strict=True)]
             data["input_ids"], data["attention_mask"] = pad(rows, self.tokenizer.pad_token_id, padding_side)
         return BatchFeature(data)
 
@@ -155,15 +179,23 @@ class MervProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> MervProcessor:
-        """As in transformers, without its AutoVideoProcessor, which only exists where torchvision is installed."""
+        """As in transformers, without its AutoVideoProcessor, which only exists where torchvision is installed.
+
+        Args:
+            pretrained_model_name_or_path: directory or hub id.
+            kwargs: ``num_frames``, ``chat_template``, ``num_video_tokens`` and ``video_token`` replace what was saved;
+                others (``token``, ``cache_dir``, ``revision`` ...) say how to find the files.
+        """
         path = str(pretrained_model_name_or_path)
+        kwargs.pop("return_unused_kwargs", None)
+        frames = {"num_frames": kwargs.pop("num_frames")} if "num_frames" in kwargs else {}
+        given = {key: kwargs.pop(key) for key in ("chat_template", "num_video_tokens", "video_token") if key in kwargs}
         values, _ = cls.get_processor_dict(path, **kwargs)
+        saved = {key: values[key] for key in ("chat_template", "num_video_tokens", "video_token") if key in values}
         return cls(
-            MervVideoProcessor.from_pretrained(path, **kwargs),
+            MervVideoProcessor.from_pretrained(path, **kwargs, **frames),
             AutoTokenizer.from_pretrained(path, **kwargs),
-            chat_template=values.get("chat_template"),
-            num_video_tokens=values["num_video_tokens"],
-            video_token=values["video_token"],
+            **saved | given,
         )
 
     def replace_video_token(self, video_inputs: dict[str, Any], video_idx: int = 0, **kwargs: Any) -> str:
@@ -194,20 +226,41 @@ class MervProcessor(ProcessorMixin):
         )
         return row[0].tolist()
 
-    def _split(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Sort keyword arguments by whose they are, dropping those that only other processors have."""
-        names = set(MervVideosKwargs.__annotations__)
-        text = {key: kwargs[key] for key in ("truncation", "max_length", "add_special_tokens") if key in kwargs}
-        videos = {key: value for key, value in kwargs.items() if key in names}
-        return {**text, **kwargs.get("text_kwargs", {})}, {**videos, **kwargs.get("videos_kwargs", {})}
+
+TEXT_KWARGS = ("truncation", "max_length", "add_special_tokens", "padding_side")
+PADDING = (True, False, "longest", "do_not_pad")
+
+
+def _split(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keyword arguments of the tokenizer and of the video processor; what neither has a use for is refused."""
+    kwargs = dict(kwargs)
+    given_text, given_videos = kwargs.pop("text_kwargs", {}), kwargs.pop("videos_kwargs", {})
+    text = {key: kwargs.pop(key) for key in TEXT_KWARGS if key in kwargs} | given_text
+    videos = {key: kwargs.pop(key) for key in MervVideosKwargs.__annotations__ if key in kwargs} | given_videos
+    videos.pop("return_tensors", None)
+    for padding in (kwargs.pop("padding", True), text.pop("padding", True)):
+        if padding not in PADDING:
+            raise ValueError(f"MervProcessor: padding must be True: rows are padded to the longest, got {padding!r}")
+    text.pop("return_tensors", None)
+    if unknown := [*kwargs, *(text.keys() - set(TEXT_KWARGS))]:
+        raise ValueError(f"MervProcessor: arguments must be known ones, got {', '.join(sorted(unknown))}")
+    return text, videos
 
 
 def _flat(videos: Any) -> list[VideoInput]:
-    """One video, a sequence or nested sequences as a flat list; a 5-d array is a batch."""
+    """One video, a sequence or nested sequences as a flat list; a list of pictures is a video."""
     if isinstance(videos, (str, Path)):
         return [videos]
     if isinstance(videos, (np.ndarray, Tensor)):
         return [videos] if videos.ndim == 4 else list(videos)
+    if not isinstance(videos, Sequence) or isinstance(videos, bytes):
+        raise TypeError(
+            f"MervVideoProcessor: a video must be a path, an array, or a list of pictures, got {type(videos).__name__}"
+        )
+    if videos and all(hasattr(item, "__array_interface__") or isinstance(item, Tensor) for item in videos):
+        pictures = [item if isinstance(item, Tensor) else torch.from_numpy(np.array(item)) for item in videos]
+        if all(picture.ndim == 3 for picture in pictures):
+            return [torch.stack(pictures)]
     return [video for item in videos for video in _flat(item)]
 
 

@@ -21,7 +21,7 @@ from merv_fast.models.configuration import MERV_BASE, MervConfig, MervEncoderCon
 from merv_fast.models.llms import language_model
 from merv_fast.modules import convert_fusion_state_dict
 
-__all__ = ["CHECKPOINT", "CONFIG", "is_run_directory", "merv_config", "read_checkpoint", "read_run_config"]
+__all__ = ["CHECKPOINT", "CONFIG", "is_run_directory", "merv_config", "read_checkpoint", "read_json", "read_run_config"]
 
 CONFIG = "config.json"
 CHECKPOINT = "checkpoints/latest-checkpoint.pt"
@@ -43,7 +43,7 @@ DEFAULTS: dict[str, Any] = {
 def is_run_directory(path: Path) -> bool:
     """Whether ``path`` looks like a run directory of the reference rather than one of ours."""
     config = path / CONFIG
-    return config.is_file() and "model" in _json(config)
+    return config.is_file() and "model" in read_json(config)
 
 
 def read_run_config(config_json: Path) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def read_run_config(config_json: Path) -> dict[str, Any]:
 
     ``num_frames``, once one number for all encoders, comes back as one for each of ``video_backbone_ids``.
     """
-    run = _json(config_json)["model"]
+    run = read_json(config_json)["model"]
     if not isinstance(run, dict):
         raise CheckpointError(f"{config_json}: model must be an object, got {run!r}")
     run = DEFAULTS | run
@@ -133,11 +133,15 @@ def merv_config(
     )
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: must hold an object, got {type(values).__name__}")
+    return values
 
 
 def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

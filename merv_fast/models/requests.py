@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from os import PathLike, fspath
 from typing import Any
 
 from torch import Tensor
@@ -45,13 +45,13 @@ class Answer:
     device: str
 
 
-VideoSource = str | Path | VisualTokens | None
+VideoSource = str | PathLike[str] | VisualTokens | None
 """A path, a video already encoded, or None for no video (the reference then sees zeros)."""
 
 
 def is_list(value: Any) -> bool:
     """Whether a caller gave several; a text is one."""
-    return isinstance(value, Sequence) and not isinstance(value, str)
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
 def pair(video: Any, prompt: Any) -> tuple[list[VideoSource], list[str]]:
@@ -62,6 +62,13 @@ def pair(video: Any, prompt: Any) -> tuple[list[VideoSource], list[str]]:
         videos *= len(prompts)
     elif not is_list(prompt):
         prompts *= len(videos)
+    for source in videos:
+        if not (source is None or isinstance(source, (str, PathLike, VisualTokens))):
+            kind = type(source).__name__
+            raise TypeError(f"generate: video must be a path, VisualTokens, None, or a list of them, got {kind}")
+    for text in prompts:
+        if not isinstance(text, str):
+            raise TypeError(f"generate: prompt_text must be a str or a list of them, got {type(text).__name__}")
     if len(videos) != len(prompts):
         raise ValueError(f"generate: videos and prompts must be equally many, got {len(videos)} and {len(prompts)}")
     return videos, prompts
@@ -69,7 +76,7 @@ def pair(video: Any, prompt: Any) -> tuple[list[VideoSource], list[str]]:
 
 def video_key(source: VideoSource) -> Any:
     """What makes two entries of a list the same video."""
-    return id(source) if isinstance(source, VisualTokens) else source and str(source)
+    return id(source) if isinstance(source, VisualTokens) else source and fspath(source)
 
 
 def in_new_tokens(kwargs: dict[str, Any], text_lengths: list[int]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -45,6 +46,7 @@ class MervPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_attention_backend = True
     _skip_keys_device_placement = ("past_key_values",)
+    supports_gradient_checkpointing = True  # of the language model; encoders are frozen, as a rule
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -54,17 +56,20 @@ class MervPreTrainedModel(PreTrainedModel):
             CheckpointError: lists the unknown, missing and misshapen keys.
         """
         kwargs["ignore_mismatched_sizes"] = True
-        with _without_load_report():
-            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        try:
+            with _without_load_report():
+                model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            raise CheckpointError(f"{source}: cannot be read as weights ({error})") from error
         faults = {
             "unknown": sorted(info["unexpected_keys"]),
             "missing": sorted(info["missing_keys"]),
             "misshapen": [f"{key} {list(got)} for {list(need)}" for key, got, need in sorted(info["mismatched_keys"])],
         }
         if any(faults.values()):
-            source = args[0] if args and args[0] is not None else "state_dict"
             listed = "; ".join(f"{kind} keys: {', '.join(keys)}" for kind, keys in faults.items() if keys)
-            raise CheckpointError(f"{source}: the weights do not fit the model: {listed}")
+            raise CheckpointError(f"{source or 'state_dict'}: the weights do not fit the model: {listed}")
         return (model, info) if output_loading_info else model
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -81,7 +86,7 @@ class MervVideoModel(MervPreTrainedModel):
 
     def __init__(self, config: MervConfig) -> None:
         super().__init__(config)
-        configs = config.encoder_configs()
+        self.encoder_configs = configs = config.encoder_configs()
         width = config.get_text_config().hidden_size
         self.encoders = nn.ModuleDict({name: build_encoder(encoder) for name, encoder in configs.items()})
         resampled = Architecture.parse(config.arch_specifier).resampler != "none"
@@ -116,7 +121,6 @@ class MervVideoModel(MervPreTrainedModel):
         Returns:
             E tensors [B, F_e, 3, S_e, S_e] in the model's dtype.
         """
-        configs = self.config.encoder_configs()
         if not isinstance(pixel_values_videos, Tensor):
             return [
                 torch.cat(parts) for parts in zip(*(self.prepare(v[None]) for v in pixel_values_videos), strict=True)
@@ -129,7 +133,7 @@ class MervVideoModel(MervPreTrainedModel):
         frames = pixel_values_videos.to(self.device).movedim(2, -1)
         return [
             prepare(every(frames, config.num_frames, dim=1), config.recipe, dtype=self.dtype)
-            for config in configs.values()
+            for config in self.encoder_configs.values()
         ]
 
     def encode(self, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -147,13 +151,16 @@ class MervVideoModel(MervPreTrainedModel):
 
     def get_video_features(
         self, pixel_values_videos: Tensor | Sequence[Tensor], return_dict: bool | None = None, **kwargs: Any
-    ) -> MervVideoOutput:
+    ) -> MervVideoOutput | tuple[Any, ...]:
         """Visual tokens of a batch of videos; ``pooler_output`` is [B, S, D]."""
-        return self.fuse(self.encode(self.prepare(pixel_values_videos)))
+        output = self.fuse(self.encode(self.prepare(pixel_values_videos)))
+        return output.to_tuple() if return_dict is False else output
 
-    def forward(self, pixel_values_videos: Tensor | Sequence[Tensor], **kwargs: Any) -> MervVideoOutput:
+    def forward(
+        self, pixel_values_videos: Tensor | Sequence[Tensor], **kwargs: Any
+    ) -> MervVideoOutput | tuple[Any, ...]:
         """Same as ``get_video_features``."""
-        return self.get_video_features(pixel_values_videos)
+        return self.get_video_features(pixel_values_videos, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         """A video model embeds no tokens; transformers asks for its first layer."""

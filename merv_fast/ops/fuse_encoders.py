@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merv_fast.ops._autocast import without_autocast
 from merv_fast.ops._autograd import refuse_second_derivative
 from merv_fast.ops._checks import (
     check_alike,
@@ -69,7 +70,8 @@ def fuse_encoders(values: Sequence[Tensor], query: Tensor, bias: Tensor) -> tupl
         if value.shape[0] != B or value.shape[1] not in (1, S) or value.shape[2] != D:
             raise ValueError(f"{op}: values[{e}] must be [{B}, {S} or 1, {D}], got shape {tuple(value.shape)}")
     check_encoder_weighing(op, "values", values, D, query, bias)
-    return torch.ops.merv_fast.fuse_encoders.default(list(values), query, bias)
+    with without_autocast(values[0]):
+        return torch.ops.merv_fast.fuse_encoders.default(list(values), query, bias)
 
 
 torch.library.define(

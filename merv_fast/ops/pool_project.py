@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from merv_fast.ops._autocast import without_autocast
 from merv_fast.ops._autograd import refuse_second_derivative
 from merv_fast.ops._checks import check_count, check_grid, check_layers, check_maps
 from merv_fast.ops._hidden_layers import hidden_layers, hidden_layers_backward, linear_backward
@@ -64,7 +65,8 @@ def pool_project(
     if len(biases) != len(weights):
         raise ValueError(f"pool_project: biases must be {len(weights)} tensors like weights, got {len(biases)}")
     check_layers("pool_project", "x", x, 0, weights, biases)
-    return torch.ops.merv_fast.pool_project.default(x, list(weights), list(biases), grid, out_grid, slots)
+    with without_autocast(x):
+        return torch.ops.merv_fast.pool_project.default(x, list(weights), list(biases), grid, out_grid, slots)
 
 
 torch.library.define(

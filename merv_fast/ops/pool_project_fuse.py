@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from merv_fast.ops._autocast import without_autocast
 from merv_fast.ops._autograd import refuse_second_derivative
 from merv_fast.ops._checks import (
     check_alike,
@@ -112,9 +113,10 @@ def pool_project_fuse(
     check_count(op, "out_slots", slots)
     check_encoder_weighing(op, "xs", xs, weights[L - 1].shape[0], query, bias)
     flat_grids = [side for grid in grids for side in grid]
-    return torch.ops.merv_fast.pool_project_fuse.default(
-        list(xs), list(weights), list(biases), query, bias, flat_grids, out_grid, slots
-    )
+    with without_autocast(xs[0]):
+        return torch.ops.merv_fast.pool_project_fuse.default(
+            list(xs), list(weights), list(biases), query, bias, flat_grids, out_grid, slots
+        )
 
 
 # grids is flat: H_1, W_1, H_2, W_2, ...

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from merv_fast.ops._autocast import without_autocast
 from merv_fast.ops._checks import check_count, check_grid, check_maps
 
 __all__ = ["pool_tokens"]
@@ -43,7 +44,8 @@ def pool_tokens(x: Tensor, grid: tuple[int, int], out_grid: tuple[int, int], out
     check_grid("pool_tokens", "out_grid", out_grid)
     slots = x.shape[1] if out_slots is None else out_slots
     check_count("pool_tokens", "out_slots", slots)
-    return torch.ops.merv_fast.pool_tokens.default(x, grid, out_grid, slots)
+    with without_autocast(x):
+        return torch.ops.merv_fast.pool_tokens.default(x, grid, out_grid, slots)
 
 
 torch.library.define(

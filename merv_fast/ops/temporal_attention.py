@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merv_fast.ops._autocast import without_autocast
 from merv_fast.ops._autograd import refuse_second_derivative
 from merv_fast.ops._checks import check_count, check_floating
 
@@ -54,7 +55,8 @@ def temporal_attention(qkv: Tensor, heads: int, frames: int, window: int) -> Ten
         raise ValueError(f"{op}: qkv must hold whole videos of {frames} frames, got {qkv.shape[0]} frames")
     if frames % window:
         raise ValueError(f"{op}: window must divide {frames} frames, got {window}")
-    return torch.ops.merv_fast.temporal_attention.default(qkv, heads, window)
+    with without_autocast(qkv):
+        return torch.ops.merv_fast.temporal_attention.default(qkv, heads, window)
 
 
 # No word of videos here: a window never spans two, so B*T rows are just rows / window windows.

@@ -51,7 +51,10 @@ class FolderVideo(Video):
         self.path = path
         self.fps = float(fps)
         self._limits = limits
-        names = (entry.name for entry in Path(path).iterdir())
+        try:
+            names = [entry.name for entry in Path(path).iterdir()]
+        except OSError as error:
+            raise VideoError(path, f"cannot be read ({error.strerror})") from error
         self._names = sorted(
             (name for name in names if name.lower().endswith(PICTURES) and not name.startswith(".")),
             key=natural_key,

@@ -45,10 +45,14 @@ def open_video(
     path = os.fsdecode(path)
     if fps is not None and not 0 < fps < float("inf"):
         raise ValueError(f"open_video: fps must be positive and finite, got {fps}")
-    if not os.path.lexists(path):
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
         # Two letters at least, so that C: stays a drive.
         url = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", path)
-        raise VideoError(path, "is a URL; only local files are read" if url else "does not exist")
+        raise VideoError(path, "is a URL; only local files are read" if url else "does not exist") from None
+    except (OSError, ValueError) as error:
+        raise VideoError(path, f"cannot be read ({error.strerror if isinstance(error, OSError) else error})") from error
     if os.path.isdir(path):
         return FolderVideo(path, FOLDER_FPS if fps is None else fps, limits)
     if fps is not None:
@@ -93,6 +97,8 @@ def load_frames(
         VideoError: The video cannot be read, or the bounds lie outside it.
         ValueError: ``count`` or ``fps`` is out of its range.
     """
+    if count < 1:
+        raise ValueError(f"load_frames: count must be at least 1, got {count}")
     video = open_video(path, fps=fps, limits=limits, strict=strict)
     if not video.fps:
         return video.frames_at([0] * count)

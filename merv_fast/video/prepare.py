@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -186,7 +187,7 @@ def taps(length: int, target: int, size: int, device: torch.device) -> tuple[Ten
     start = crop_offset(target, size)
     positions = torch.arange(start, start + size, dtype=torch.float64, device=device)
     # In float64 from a float32 scale, then rounded once: what torch's kernels get from a fused multiply-add.
-    scale = torch.tensor(length / target, dtype=torch.float32).item()
+    scale = float(np.float32(length / target))
     source = ((positions + 0.5) * scale - 0.5).clamp_(min=0).float()
     first = source.long().clamp_(max=length - 1)
     return torch.cat([first, (first + 1).clamp_(max=length - 1)]), source - first

@@ -105,9 +105,11 @@ def write_run(folder: Path, name: str = MODELS[0], **changes: object) -> dict[st
         paths[encoder_id] = folder / encoder_id
         paths[encoder_id].mkdir()
         torch.save(weights(load(file)[0]), paths[encoder_id] / "pytorch_model.bin")
+    configs = encoder_configs(metadata["num_frames"])
+    used = set(run["video_backbone_ids"])
     return {
         "model_id_or_path": folder / "run",
         "llm_path": folder / "llm",
-        "encoder_paths": paths,
-        "encoder_configs": encoder_configs(metadata["num_frames"]),
+        "encoder_paths": {encoder_id: path for encoder_id, path in paths.items() if encoder_id in used},
+        "encoder_configs": {encoder_id: config for encoder_id, config in configs.items() if encoder_id in used},
     }

@@ -10,6 +10,7 @@ from transformers import AutoModel
 from merv_fast import CheckpointError, available_models, load_vid
 from merv_fast.models import MervVideoModel
 from merv_fast.models.reference import read_run_config
+from merv_fast.models.tiny import build_tiny
 from tests.golden_files import load
 from tests.models.golden_run import MODELS, byte_tokenizer, checkpoint, write_run
 
@@ -176,6 +177,53 @@ def test_saved_over_its_own_files(tiny, tmp_path):
     assert all(torch.equal(state[key], value) for key, value in tiny.model.state_dict().items())
     assert all(torch.equal(again.model.state_dict()[key], value) for key, value in state.items())
     assert not list(tmp_path.glob(".saving-*"))
+
+
+def test_a_later_save_takes_the_place_of_an_earlier_one(tmp_path):
+    """Shards over a single file and back; transformers would read a stale single file first."""
+    first, second = build_tiny(1), build_tiny(2)
+    key = "language_model.lm_head.weight"
+    first.save_pretrained(tmp_path)
+    second.save_pretrained(tmp_path, max_shard_size="200KB")
+    assert torch.equal(load_vid(tmp_path).model.state_dict()[key], second.model.state_dict()[key])
+    first.save_pretrained(tmp_path)
+    assert torch.equal(load_vid(tmp_path).model.state_dict()[key], first.model.state_dict()[key])
+    assert [path.name for path in tmp_path.glob("model*")] == ["model.safetensors"]
+
+
+def test_folders_of_chat_templates_are_saved_twice(tiny, tmp_path):
+    again = load_vid("merv-tiny")
+    again.processor.chat_template = {"default": "a", "other": "b"}
+    again.save_pretrained(tmp_path)
+    again.save_pretrained(tmp_path)
+    assert (tmp_path / "additional_chat_templates/other.jinja").read_text() == "b"
+    with pytest.raises(ValueError, match="push_to_hub must be False"):
+        again.save_pretrained(tmp_path, push_to_hub=True)
+
+
+def test_a_file_that_is_cut_short(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="cannot be read as weights"):
+        load_vid(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"config\.json: must hold an object, got list"):
+        load_vid(tmp_path)
+
+
+def test_parts_that_are_named_must_be_used(golden_run):
+    with pytest.raises(ValueError, match=r"must be left out for a model in our format"):
+        load_vid("merv-tiny", llm_path="somewhere")
+    paths = golden_run["encoder_paths"] | {"dinov3": "somewhere"}
+    with pytest.raises(ValueError, match=r"encoders must be among languagebind-video-noclass, .*, got dinov3"):
+        load_vid(**golden_run | {"encoder_paths": paths})
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "~/nowhere", "/a/b", ""])
+def test_a_missing_directory_is_not_taken_for_a_hub_id(name):
+    with pytest.raises(ValueError, match="must be a directory, a hub id or one of"):
+        load_vid(name)
 
 
 def test_the_video_model_alone(tiny, clips, tmp_path):

@@ -32,6 +32,7 @@ def test_it_survives_json(tmp_path):
     again = AutoConfig.from_pretrained(tmp_path)
     assert type(again) is MervConfig
     assert again.encoder_configs() == config.encoder_configs()
+    assert again.dinov2_config.architecture == config.dinov2_config.architecture
     assert again.text_config.to_dict() == config.text_config.to_dict()
     assert again.video_token_id == 151656
     assert json.loads((tmp_path / "config.json").read_text())["dinov2_config"]["architecture"]["width"] == 1024
@@ -55,3 +56,9 @@ def test_an_encoder_needs_its_configuration():
 def test_two_encoders_of_a_family_have_two_names():
     ids = ["dinov2-video-all-tokens", "siglip-vit-b16-224px-all-no-cls", "dinov2-video-all-tokens"]
     assert encoder_names([encoder_config(encoder_id, 16) for encoder_id in ids]) == ["dinov2", "siglip", "dinov2_2"]
+
+
+def test_frames_are_the_encoders_matter():
+    assert MervConfig(num_frames=[16, 16, 32, 16]).num_frames == [16, 16, 32, 16]
+    with pytest.raises(ValueError, match=r"num_frames must be those of its encoders, \[16, 16, 32, 16\], got \[8\]"):
+        MervConfig(num_frames=[8])

@@ -102,6 +102,11 @@ def test_an_encoded_video_can_be_asked_again(tiny, clips, prompts, encodings):
     assert encodings == [1]
 
 
+def test_an_encoded_video_has_no_bounds_left_to_choose(tiny, clips, prompts):
+    with pytest.raises(ValueError, match="generate: clip_end_sec must be left out for a video already encoded"):
+        tiny.generate(tiny.encode(clips[1]), prompts[0], clip_end_sec=1.0)
+
+
 def test_one_prompt_for_several_videos(tiny, clips, prompts):
     expected = [tiny.generate(clip, prompts[0], **GREEDY) for clip in clips]
     assert tiny.generate(clips, prompts[0], **GREEDY) == expected

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from merv_fast import load_frames
+from merv_fast import load_frames, open_video
 from merv_fast.models.splice import IGNORE_INDEX, insert_placeholders, pad
 from tests.models.golden_run import byte_tokenizer
 
@@ -90,6 +91,48 @@ def test_chat_with_a_video(processor, clips, tiny):
     assert text == tiny.generate(clips[0], "In: Why?\nOut:", max_new_tokens=8, do_sample=False)
 
 
+def test_a_batch_may_mix_prompts_with_and_without_a_video(processor):
+    video = np.zeros((32, 8, 8, 3), np.uint8)
+    inputs = processor(text=["<|video_pad|>In: a", "In: b"], videos=[video])
+    assert (inputs["input_ids"] == processor.video_token_id).sum(1).tolist() == [256, 0]
+    chats = [
+        [{"role": "user", "content": [{"type": "video", "video": video}, {"type": "text", "text": "a"}]}],
+        [{"role": "user", "content": [{"type": "text", "text": "b"}]}],
+    ]
+    mixed = processor.apply_chat_template(chats, tokenize=True, return_dict=True)
+    assert (mixed["input_ids"] == processor.video_token_id).sum(1).tolist() == [256, 0]
+
+
+def test_a_list_of_pictures_is_a_video(processor):
+    frames = np.random.default_rng(0).integers(0, 256, (32, 8, 9, 3), dtype=np.uint8)
+    expected = processor(videos=frames)["pixel_values_videos"]
+    for pictures in (list(frames), [Image.fromarray(frame) for frame in frames], list(torch.from_numpy(frames))):
+        assert torch.equal(processor(videos=pictures)["pixel_values_videos"], expected)
+        assert torch.equal(processor(videos=[pictures])["pixel_values_videos"], expected)
+    with pytest.raises(TypeError, match="a video must be a path, an array, or a list of pictures, got bytes"):
+        processor(videos=b"clip.mp4")
+
+
+def test_the_padding_side_may_come_with_the_text_arguments(processor):
+    texts = ["In: a", "In: a longer one"]
+    right = processor(text=texts, padding_side="right")
+    assert torch.equal(processor(text=texts, text_kwargs={"padding_side": "right"})["input_ids"], right["input_ids"])
+
+
+def test_fetch_videos_decodes_like_the_rest(processor, clips):
+    frames, metadata = processor.video_processor.fetch_videos(str(clips[0]), lambda metadata, **_: [0, 7])
+    assert torch.equal(frames, open_video(clips[0]).frames_at([0, 7]))
+    assert (metadata.total_num_frames, metadata.fps, metadata.height, metadata.width) == (40, 10.0, 96, 128)
+    videos, _ = processor.video_processor.fetch_videos([str(clips[0]), str(clips[2])])
+    assert [len(video) for video in videos] == [40, 20]
+
+
+def test_what_was_saved_can_be_replaced(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    again = type(processor).from_pretrained(tmp_path, num_frames=8, chat_template="x", num_video_tokens=9)
+    assert (again.video_processor.num_frames, again.chat_template, again.num_video_tokens) == (8, "x", 9)
+
+
 def test_saved_and_loaded(processor, tmp_path):
     from transformers import AutoProcessor
 
@@ -107,7 +150,7 @@ def test_saved_and_loaded(processor, tmp_path):
         ({"text": "<|video_pad|><|video_pad|>a"}, r"text must hold one <\|video_pad\|> at most, got 2"),
         (
             {"text": ["a", "b"], "videos": np.zeros((32, 8, 8, 3), np.uint8)},
-            r"videos must be one per prompt \(2\), got 1",
+            r"videos must be one per prompt with a video \(2\), got 1",
         ),
         ({"text": "a", "images": []}, "images and audio must be None"),
         ({"text": "a", "return_tensors": "np"}, "return_tensors must be 'pt', got 'np'"),
@@ -119,6 +162,8 @@ def test_saved_and_loaded(processor, tmp_path):
             {"videos": np.zeros((32, 8, 8, 3), np.uint8), "clip_end_sec": 1.0},
             "clip bounds must be left out for frames",
         ),
+        ({"text": "a", "nonsense": 3}, "arguments must be known ones, got nonsense"),
+        ({"text": "a", "padding": "max_length"}, "padding must be True: rows are padded to the longest, got 'max_l"),
     ],
 )
 def test_says_what_is_wrong(processor, arguments, message):

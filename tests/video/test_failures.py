@@ -381,3 +381,19 @@ def test_nothing_reaches_stderr(tmp_path, capfd):
 def test_error_survives_a_trip_between_processes():
     error = pickle.loads(pickle.dumps(VideoError(Path("a.mp4"), "does not exist")))
     assert (error.path, error.reason) == ("a.mp4", "does not exist")
+
+
+def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
+    def refuse(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(tmp_path), "iterdir", refuse)
+    with pytest.raises(VideoError, match=r"cannot be read \(Permission denied\)"):
+        open_video(tmp_path)
+
+
+def test_a_path_that_cannot_be_looked_at():
+    with pytest.raises(VideoError, match=r"cannot be read \("):
+        open_video("x" * 5000)
+    with pytest.raises(VideoError, match=r"cannot be read \("):
+        open_video("nul\0l.mp4")

@@ -120,3 +120,10 @@ def test_frames_are_independent_of_the_batch(tmp_path):
     folder = write_folder(tmp_path / "frames", [f"{index}.png" for index in range(12)])
     video = open_video(folder)
     assert torch.equal(video.frames_at([7]), video.frames_at(range(12))[7:8])
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_no_frames_of_a_picture(tmp_path, count):
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=f"load_frames: count must be at least 1, got {count}"):
+        load_frames(tmp_path / "a.png", count)
