@@ -93,10 +93,14 @@ def test_a_video_goes_with_ids(tiny, inputs, features):
 
 @torch.no_grad()
 def test_outputs_as_tuples(tiny, inputs):
-    logits = tiny.model(**inputs).logits
-    assert torch.equal(tiny.model(**inputs, return_dict=False)[0], logits)
-    tokens = tiny.model.get_video_features(inputs["pixel_values_videos"]).pooler_output
-    assert torch.equal(tiny.model.get_video_features(inputs["pixel_values_videos"], return_dict=False)[0], tokens)
+    output = tiny.model(**inputs)
+    logits, *_ = as_tuple = tiny.model(**inputs, return_dict=False)
+    assert type(as_tuple) is tuple
+    assert torch.equal(logits, output.logits)
+    tokens, weights = as_tuple = tiny.model.get_video_features(inputs["pixel_values_videos"], return_dict=False)
+    assert type(as_tuple) is tuple
+    assert torch.equal(weights, output.encoder_weights)
+    assert torch.equal(tokens, tiny.model.get_video_features(inputs["pixel_values_videos"]).pooler_output)
 
 
 @pytest.mark.parametrize("fused", [True, False])

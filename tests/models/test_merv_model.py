@@ -196,3 +196,51 @@ def test_explain_lists_every_part(tiny):
     assert "pool_project_fuse" in str(explanation)
     assert "LlamaForCausalLM" in str(explanation)
     assert [choice.part for choice in merv_fast.explain(tiny.model.video_model)] == parts[:-1]
+
+
+def test_of_several_sequences_the_first_counts(tiny, clips, prompts):
+    beams = {"num_beams": 3, "do_sample": False, "max_new_tokens": 8}
+    expected = tiny.generate(clips, prompts, **beams)
+    assert tiny.generate(clips, prompts, num_return_sequences=2, **beams) == expected
+    with pytest.raises(ValueError, match="generate: return_dict_in_generate must be False"):
+        tiny.generate(clips, prompts, return_dict_in_generate=True)
+
+
+def test_a_question_may_say_video(tiny, clips):
+    """As the reference's evaluation scripts do; there it is plain text."""
+    assert isinstance(tiny.generate(clips[0], "In: Why?\n<video>\nOut:", **GREEDY), str)
+    ids = tiny.processor(text="In: <video>")["input_ids"]
+    assert tiny.config.video_token_id not in ids
+
+
+def test_names_that_the_evaluation_scripts_use(tiny):
+    builder = tiny.llm_backbone.prompt_builder_fn(model_family="merv")
+    builder.add_turn(role="human", message="Why?")
+    assert builder.get_prompt() == prompt(tiny, "Why?")
+    assert tiny.llm_backbone.tokenizer is tiny.tokenizer
+    assert tiny.llm_backbone.llm is tiny.model.language_model
+
+
+def test_a_prompt_that_is_cut_is_spoken_of(tiny, clips, caplog):
+    tiny.generate(clips[0], "In: " + "word " * 3000 + "\nOut:", **GREEDY)
+    assert "is cut to its first 2048" in caplog.text
+
+
+def test_a_prompt_that_fits_is_not(tiny, clips, prompts, caplog):
+    tiny.generate(clips[0], prompts[0], **GREEDY)
+    assert "is cut" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("video", "text", "message"),
+    [
+        (b"clip.mp4", "a", "video must be a path, VisualTokens, None, or a list of them, got bytes"),
+        ([["clip.mp4"]], "a", "video must be a path, VisualTokens, None, or a list of them, got list"),
+        (torch.zeros(2, 2), "a", "video must be .* got Tensor"),
+        ("clip.mp4", None, "prompt_text must be a str or a list of them, got NoneType"),
+        ("clip.mp4", ["a", 3], "prompt_text must be a str or a list of them, got int"),
+    ],
+)
+def test_says_which_type_is_wrong(tiny, video, text, message):
+    with pytest.raises(TypeError, match=message):
+        tiny.generate(video, text)
