@@ -127,8 +127,7 @@ class PooledProjector(Projector):
         if not linears:
             return ops.pool_tokens(x, self.grid, self.out_grid, out_slots).flatten(1, 2)
         weights, biases = [layer.weight for layer in linears], [layer.bias for layer in linears]
-        # Under autocast the features come in another dtype; the op takes one.
-        return ops.pool_project(x.to(weights[0].dtype), weights, biases, self.grid, self.out_grid, out_slots)
+        return ops.pool_project(x, weights, biases, self.grid, self.out_grid, out_slots)
 
 
 class AttentivePooler(Projector):

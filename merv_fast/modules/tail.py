@@ -56,8 +56,7 @@ class Tail(nn.Module):
         pooled_slots = any(projector.slots != first.output_slots for projector in projectors)
         # Folded in each call, so the query follows the weights and gradients reach them.
         query, bias = cast(WeighingFusion, self.fusion).fold()
-        # One dtype for all, that of the weights, whatever autocast made of the features and the folding.
-        xs = [x.to(linears[0].weight.dtype) for x in xs]
+        # Autocast may have folded in another dtype than that of the weights; the op takes one.
         query, bias = query.to(linears[0].weight.dtype), bias.to(linears[0].weight.dtype)
         return ops.pool_project_fuse(
             list(xs),

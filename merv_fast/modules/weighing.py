@@ -47,9 +47,8 @@ class WeighingFusion(Fusion):
         """``values``, E tensors ``[B, S, D]`` or ``[B, 1, D]``, to ``[B, S, D]`` and ``[B, E]``."""
         self.output_tokens([value.shape[1] for value in values])
         query, bias = self.fold()
-        # Under autocast values and folding come in several dtypes; the op takes one.
-        values = [value.to(values[0].dtype) for value in values]
-        return ops.fuse_encoders(values, query.to(values[0].dtype), bias.to(values[0].dtype))
+        # Autocast may have folded in another dtype than that of the values; the op takes one.
+        return ops.fuse_encoders(list(values), query.to(values[0].dtype), bias.to(values[0].dtype))
 
 
 class CrossAttentionFusion(WeighingFusion):
