@@ -125,9 +125,9 @@ def weights_table(weights: dict[str, float]) -> Table:
     table = Table(title="weight of each encoder", title_justify="left")
     table.add_column("encoder")
     table.add_column("weight", justify="right", no_wrap=True)
-    table.add_column("", max_width=BAR)
+    table.add_column("", max_width=BAR, no_wrap=True, overflow="crop")
     for name, weight in weights.items():
-        table.add_row(name, f"{weight:.3f}", "█" * round(weight * BAR))
+        table.add_row(name, f"{weight:.3f}", ("█" * round(weight * BAR)).ljust(BAR, "░"))
     return table
 
 
