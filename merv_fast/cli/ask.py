@@ -123,9 +123,9 @@ def show_explanation(path: Path, loader: Loader, clip: dict[str, Any]) -> None:
 def weights_table(weights: dict[str, float]) -> Table:
     """A bar for each encoder's share."""
     table = Table(title="weight of each encoder", title_justify="left")
-    table.add_column("encoder")
+    table.add_column("encoder", no_wrap=True)
     table.add_column("weight", justify="right", no_wrap=True)
-    table.add_column("", max_width=BAR, no_wrap=True, overflow="crop")
+    table.add_column("", max_width=BAR, overflow="crop")
     for name, weight in weights.items():
         table.add_row(name, f"{weight:.3f}", ("█" * round(weight * BAR)).ljust(BAR, "░"))
     return table
