@@ -134,7 +134,7 @@ def _load_run(config_json: Path, checkpoint: Path, sources: Sources, dtype: torc
     video_token_id = tokenizer.convert_tokens_to_ids(row.video_token)
     config = merv_config(run, dict(zip(names, encoders, strict=True)), text_config, video_token_id, tensors)
     if dtype is None:
-        dtype = tensors["language_model.model.embed_tokens.weight"].dtype
+        dtype = next((t.dtype for key, t in tensors.items() if key.startswith("language_model.")), torch.float32)
     model = MervForConditionalGeneration.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
     model.generation_config = GenerationConfig.from_model_config(text_config)
     processor = MervProcessor(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -23,6 +24,9 @@ from merv_fast.video import load_frames
 __all__ = ["MervModel"]
 
 logger = logging.getLogger("merv_fast")
+
+WEIGHT_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+"""Names under which transformers saves weights."""
 
 
 class LLMBackbone(NamedTuple):
@@ -108,11 +112,12 @@ class MervModel(nn.Module):
             self.model.save_pretrained(whole, **kwargs)
             self.processor.save_pretrained(whole)
             files = [file.relative_to(whole) for file in Path(whole).rglob("*") if file.is_file()]
-            for stale in {path.relative_to(directory) for path in directory.glob("model*.safetensors*")} - set(files):
-                (directory / stale).unlink()
             for file in files:
                 (directory / file).parent.mkdir(parents=True, exist_ok=True)
-                (whole / file).replace(directory / file)
+                (Path(whole) / file).replace(directory / file)
+        for path in directory.iterdir():
+            if WEIGHT_FILE.fullmatch(path.name) and Path(path.name) not in files:
+                path.unlink()
 
     @torch.inference_mode()
     def generate(

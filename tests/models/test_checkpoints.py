@@ -81,6 +81,14 @@ def test_keys_that_do_not_fit_are_listed(run):
     assert "projectors.1.projector.projector.weight [3, 3] for [64, 48]" in str(error.value)
 
 
+def test_a_checkpoint_without_its_embedding(run):
+    groups = checkpoint(load(MODELS[0])[0])
+    llm = {key: value for key, value in groups["llm_backbone"].items() if "embed_tokens" not in key}
+    rewrite(run, llm_backbone=llm)
+    with pytest.raises(CheckpointError, match=r"missing keys: language_model\.model\.embed_tokens\.weight"):
+        load_vid(**run)
+
+
 def test_groups_that_are_missing_or_unknown_are_listed(run):
     path = run["model_id_or_path"] / "checkpoints/latest-checkpoint.pt"
     torch.save({"model": {"projectors": {}}}, path)
@@ -186,9 +194,10 @@ def test_a_later_save_takes_the_place_of_an_earlier_one(tmp_path):
     first.save_pretrained(tmp_path)
     second.save_pretrained(tmp_path, max_shard_size="200KB")
     assert torch.equal(load_vid(tmp_path).model.state_dict()[key], second.model.state_dict()[key])
+    (tmp_path / "model-of-mine.safetensors").touch()
     first.save_pretrained(tmp_path)
     assert torch.equal(load_vid(tmp_path).model.state_dict()[key], first.model.state_dict()[key])
-    assert [path.name for path in tmp_path.glob("model*")] == ["model.safetensors"]
+    assert {path.name for path in tmp_path.glob("model*")} == {"model.safetensors", "model-of-mine.safetensors"}
 
 
 def test_folders_of_chat_templates_are_saved_twice(tiny, tmp_path):
