@@ -4,17 +4,19 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+KERNELS := $(wildcard csrc/* csrc/include/merv_fast/*)
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint types clean
 
 help: ## Show the targets.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml setup.py constraints.txt $(KERNELS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "merv_fast needs Python 3.11 or newer; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
+	$(BIN)/pip install -q -c constraints.txt torch 'setuptools>=77'
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[test]'
 	touch $@
 
 demo: $(VENV)/installed ## Ask merv-tiny about the bundled clip.
@@ -34,5 +36,5 @@ lint: $(VENV)/installed ## Style and import rules.
 types: $(VENV)/installed ## Types of the public API.
 	$(BIN)/mypy
 
-clean: ## Remove the environment and caches.
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+clean: ## Remove the environment, native libraries and caches.
+	rm -rf $(VENV) merv_fast/_C*.so build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -18,7 +18,7 @@ from merv_fast.encoders import build_encoder
 from merv_fast.errors import CheckpointError
 from merv_fast.models.configuration import MervConfig
 from merv_fast.modules import Architecture, Tail, build_fusion, build_projector
-from merv_fast.video import every, prepare
+from merv_fast.video.prepare import prepare_all
 
 __all__ = ["MervPreTrainedModel", "MervVideoModel", "MervVideoOutput"]
 
@@ -131,10 +131,9 @@ class MervVideoModel(MervPreTrainedModel):
                 f"got {list(pixel_values_videos.shape)}"
             )
         frames = pixel_values_videos.to(self.device).movedim(2, -1)
-        return [
-            prepare(every(frames, config.num_frames, dim=1), config.recipe, dtype=self.dtype)
-            for config in self.encoder_configs.values()
-        ]
+        configs = self.encoder_configs.values()
+        recipes, num_frames = [config.recipe for config in configs], [config.num_frames for config in configs]
+        return prepare_all(frames, recipes, num_frames, self.dtype)
 
     def encode(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Every encoder's tokens: E tensors [B, T_e, N_e, C_e] from E prepared inputs [B, F_e, 3, S_e, S_e]."""

@@ -6,6 +6,7 @@ from merv_fast.ops.pool_project import pool_project
 from merv_fast.ops.pool_project_fuse import pool_project_fuse
 from merv_fast.ops.pool_tokens import pool_tokens
 from merv_fast.ops.resample_frames import resample_frames
+from merv_fast.ops.resample_normalise import resample_normalise
 from merv_fast.ops.temporal_attention import temporal_attention
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "pool_project_fuse",
     "pool_tokens",
     "resample_frames",
+    "resample_normalise",
     "temporal_attention",
 ]
 

@@ -22,7 +22,7 @@ The table is made on the host in the order written above, as the last bit of c_k
 Source: Pillow 13, src/libImaging/Resample.c.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -49,14 +49,19 @@ def resample_frames(frames: Tensor, size: tuple[int, int], method: str = "bicubi
     >>> resample_frames(torch.tensor([0, 100], dtype=torch.uint8).view(1, 2, 1), (1, 3), "bilinear").flatten()
     tensor([  0,  50, 100], dtype=torch.uint8)
     """
-    if frames.dtype != torch.uint8:
-        raise TypeError(f"resample_frames: frames must be uint8, got {frames.dtype}")
-    if frames.ndim < 3 or min(frames.shape[-3:]) < 1:
-        raise ValueError(f"resample_frames: frames must be [..., H, W, C], got shape {tuple(frames.shape)}")
-    check_grid("resample_frames", "size", size)
-    if method not in _FILTERS:
-        raise ValueError(f"resample_frames: method must be 'bicubic' or 'bilinear', got {method!r}")
+    check_frames("resample_frames", frames, size, method)
     return torch.ops.merv_fast.resample_frames.default(frames, size, method)
+
+
+def check_frames(op: str, frames: Tensor, size: Sequence[int], method: str) -> None:
+    """Raise unless ``frames`` are uint8 [..., H, W, C] that can be resized to ``size`` with ``method``."""
+    if frames.dtype != torch.uint8:
+        raise TypeError(f"{op}: frames must be uint8, got {frames.dtype}")
+    if frames.ndim < 3 or min(frames.shape[-3:]) < 1:
+        raise ValueError(f"{op}: frames must be [..., H, W, C], got shape {tuple(frames.shape)}")
+    check_grid(op, "size", size)
+    if method not in _FILTERS:
+        raise ValueError(f"{op}: method must be 'bicubic' or 'bilinear', got {method!r}")
 
 
 torch.library.define("merv_fast::resample_frames", "(Tensor frames, SymInt[] size, str method) -> Tensor")

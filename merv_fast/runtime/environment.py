@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
 from dataclasses import dataclass
 from importlib import metadata
 
 import torch
 
+from merv_fast.ops._native import native_fault
+
 __all__ = ["Component", "components", "default_device", "default_dtype"]
 
 REQUIRED = {
     "torch": "everything",
-    "triton": "nothing yet (kernels on a GPU)",
+    "triton": "kernels on a GPU",
     "transformers": "language models, configuration, processors",
     "safetensors": "checkpoints",
     "av": "decoding on the CPU",
@@ -24,6 +28,13 @@ OPTIONAL = {
     "ray": ("ray", "nothing yet (encoding a corpus)"),
     "vllm": ("vllm", "nothing yet (serving the language model)"),
 }
+
+
+NATIVE = {
+    "cpu": ("native CPU kernels", "resampling, pooling and fusing on the CPU"),
+    "cuda": ("native CUDA kernels", "resampling on a GPU"),
+}
+BUILD = "pip install --no-build-isolation, or csrc/build.py in a checkout"
 
 
 @dataclass(frozen=True)
@@ -47,8 +58,27 @@ def components() -> list[Component]:
             found.append(Component(f"cuda:{index}", f"{properties.name}, {memory}", "runs the model"))
     else:
         found.append(Component("GPU", None, "runs the model", "none seen by torch: the CPU serves"))
+    found += native_kernels()
     for name, (extra, use) in OPTIONAL.items():
         found.append(Component(name, _version(name), use, f"pip install 'merv-fast[{extra}]'"))
+    return found
+
+
+def native_kernels() -> list[Component]:
+    """The libraries of csrc/ and the compilers that build them; without them PyTorch's operators serve."""
+    found = []
+    for key, (name, use) in NATIVE.items():
+        fault = native_fault(key)
+        if key == "cuda" and torch.version.cuda is None:
+            remedy = "needs a torch that is built with CUDA"
+        else:
+            remedy = f"{fault}: {BUILD}"
+        found.append(Component(name, None if fault else "built", use, remedy))
+    compiler = shutil.which(os.environ.get("CXX") or "c++")
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which(os.environ.get("NVCC") or (f"{home}/bin/nvcc" if home else "nvcc"))
+    found.append(Component("C++ compiler", compiler, "builds native CPU kernels", "g++ or clang++, or set CXX"))
+    found.append(Component("nvcc", nvcc, "builds native CUDA kernels", "the CUDA toolkit, or set CUDA_HOME"))
     return found
 
 

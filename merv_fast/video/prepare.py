@@ -1,6 +1,7 @@
 """From decoded frames to the input of one encoder."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from merv_fast.ops import resample_frames
+from merv_fast.ops import resample_frames, resample_normalise
+from merv_fast.video.sampling import every
 
-__all__ = ["Recipe", "prepare"]
+__all__ = ["Recipe", "prepare", "prepare_all"]
 
 RESIZES = ("resize-naive", "letterbox", "resize-crop")
 METHODS = ("bicubic", "bilinear")
@@ -65,6 +67,16 @@ class Recipe:
                 f"got {self.method!r} and {self.short_side} < {self.size}"
             )
 
+    @property
+    def picture(self) -> tuple[object, ...]:
+        """What the 8-bit picture depends on: recipes that agree in it differ only in mean and std."""
+        if not self.antialias:
+            return (self,)
+        if self.resize == "resize-naive":
+            return self.resize, self.size, self.method
+        border = fill_colour(self.mean) if self.resize == "letterbox" else None
+        return self.resize, self.size, self.method, self.short_side, border
+
 
 def prepare(frames: Tensor, recipe: Recipe, dtype: torch.dtype = torch.float32) -> Tensor:
     """Resize, crop and normalise frames for one encoder.
@@ -90,20 +102,71 @@ def prepare(frames: Tensor, recipe: Recipe, dtype: torch.dtype = torch.float32) 
     >>> prepare(torch.full((16, 272, 640, 3), 255, dtype=torch.uint8), recipe)[:, :, 0, 0].unique()
     tensor([1.])
     """
+    check_frames(frames)
+    return prepare_alike(frames, [recipe], dtype)[0]
+
+
+def prepare_all(
+    frames: Tensor, recipes: Sequence[Recipe], num_frames: Sequence[int], dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    """Every encoder's input from the same frames; encoders that see the same picture share its resampling.
+
+    Args:
+        frames: [..., F, H, W, 3], otherwise as for ``prepare``.
+        recipes: One for each encoder.
+        num_frames: How many of the F frames each encoder takes, evenly; must divide F.
+        dtype: Of the results.
+
+    Returns:
+        For each encoder what ``prepare`` gives for its frames: [..., num_frames, 3, size, size].
+
+    Raises:
+        TypeError: As for ``prepare``.
+        ValueError: As for ``prepare``; or ``num_frames`` does not divide F or is not one number for each recipe.
+
+    >>> half = (0.5, 0.5, 0.5)
+    >>> recipe = Recipe(224, 224, "resize-naive", "bicubic", antialias=True, mean=half, std=half)
+    >>> [x.shape for x in prepare_all(torch.zeros(32, 272, 640, 3, dtype=torch.uint8), [recipe] * 2, [16, 32])]
+    [torch.Size([16, 3, 224, 224]), torch.Size([32, 3, 224, 224])]
+    """
+    check_frames(frames)
+    if frames.ndim < 4:
+        raise ValueError(f"prepare_all: frames must be [..., F, H, W, 3], got shape {tuple(frames.shape)}")
+    if len(num_frames) != len(recipes):
+        raise ValueError(f"prepare_all: num_frames must be {len(recipes)} numbers like recipes, got {len(num_frames)}")
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for index, (recipe, count) in enumerate(zip(recipes, num_frames, strict=True)):
+        alike.setdefault((count, recipe.picture), []).append(index)
+    prepared: dict[int, Tensor] = {}
+    for members in alike.values():
+        own = every(frames, num_frames[members[0]], dim=-4)
+        prepared |= zip(members, prepare_alike(own, [recipes[index] for index in members], dtype), strict=True)
+    return [prepared[index] for index in range(len(recipes))]
+
+
+def check_frames(frames: Tensor) -> None:
+    """Raise ValueError unless frames are [..., H, W, 3]."""
     if frames.ndim < 3 or frames.shape[-1] != 3 or 0 in frames.shape[-3:]:
         raise ValueError(f"prepare: frames must be [..., H, W, 3], got shape {tuple(frames.shape)}")
-    frames = to_uint8(frames)
+
+
+def prepare_alike(frames: Tensor, recipes: Sequence[Recipe], dtype: torch.dtype) -> list[Tensor]:
+    """``prepare`` with several recipes whose ``picture`` is the same."""
+    frames, recipe = to_uint8(frames), recipes[0]
     if not recipe.antialias:
-        return scale_float(frames, recipe).to(dtype)
-    if recipe.resize == "resize-naive":
-        frames = resample_frames(frames, (recipe.size, recipe.size), recipe.method)
-    else:
-        if recipe.resize == "letterbox":
-            frames = letterbox(frames, recipe.mean)
-        height, width = short_side_to(recipe.short_side, *frames.shape[-3:-1])
-        frames = resample_frames(frames, (height, width), recipe.method)
-        frames = centre_crop(frames, recipe.size)
-    return normalise(frames.movedim(-1, -3), recipe).to(dtype)
+        return [scale_float(frames, recipe).to(dtype) for recipe in recipes]
+    size, offset = (recipe.size, recipe.size), (0, 0)
+    if recipe.resize == "letterbox":
+        frames = letterbox(frames, recipe.mean)
+    if recipe.resize != "resize-naive":
+        size = short_side_to(recipe.short_side, *frames.shape[-3:-1])
+        if min(size) < recipe.size:
+            frames = pad(resample_frames(frames, size, recipe.method), recipe.size)
+            size = (frames.shape[-3], frames.shape[-2])
+        offset = (crop_offset(size[0], recipe.size), crop_offset(size[1], recipe.size))
+    crop = (*offset, recipe.size, recipe.size)
+    levels = [normalised_levels(recipe, frames.device).to(dtype) for recipe in recipes]
+    return resample_normalise(frames, size, recipe.method, crop, levels)
 
 
 def to_uint8(frames: Tensor) -> Tensor:
@@ -128,10 +191,15 @@ def letterbox(frames: Tensor, mean: tuple[float, float, float]) -> Tensor:
     height, width = frames.shape[-3:-1]
     side = max(height, width)
     top, left = (side - height) // 2, (side - width) // 2
-    fill = torch.tensor([int(value * 255) for value in mean], dtype=torch.uint8, device=frames.device)
+    fill = torch.tensor(fill_colour(mean), dtype=torch.uint8, device=frames.device)
     out = fill.expand(*frames.shape[:-3], height + 2 * top, width + 2 * left, 3).contiguous()
     out[..., top : top + height, left : left + width, :] = frames
     return out
+
+
+def fill_colour(mean: tuple[float, float, float]) -> tuple[int, ...]:
+    """The 8-bit mean colour, rounded down."""
+    return tuple(int(value * 255) for value in mean)
 
 
 def short_side_to(length: int, height: int, width: int) -> tuple[int, int]:
@@ -141,15 +209,11 @@ def short_side_to(length: int, height: int, width: int) -> tuple[int, int]:
     return length, int(length * width / height)
 
 
-def centre_crop(frames: Tensor, size: int) -> Tensor:
-    """Cut out the centre of [..., H, W, 3]; a frame that is too small is first padded with black."""
+def pad(frames: Tensor, size: int) -> Tensor:
+    """Black around [..., H, W, 3] up to sides of ``size``; an odd row or column goes below or to the right."""
     height, width = frames.shape[-3:-1]
-    if height < size or width < size:
-        tall, wide = max(size - height, 0), max(size - width, 0)
-        frames = F.pad(frames, (0, 0, wide // 2, (wide + 1) // 2, tall // 2, (tall + 1) // 2))
-        height, width = frames.shape[-3:-1]
-    top, left = crop_offset(height, size), crop_offset(width, size)
-    return frames[..., top : top + size, left : left + size, :]
+    tall, wide = max(size - height, 0), max(size - width, 0)
+    return F.pad(frames, (0, 0, wide // 2, (wide + 1) // 2, tall // 2, (tall + 1) // 2))
 
 
 def crop_offset(length: int, size: int) -> int:
@@ -162,6 +226,11 @@ def normalise(planes: Tensor, recipe: Recipe) -> Tensor:
     out = planes.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
     mean, std = (out.new_tensor(values).view(3, 1, 1) for values in (recipe.mean, recipe.std))
     return out.sub_(mean).div_(std)
+
+
+def normalised_levels(recipe: Recipe, device: torch.device) -> Tensor:
+    """What ``normalise`` makes of each of the 256 levels, float32 [3, 256]."""
+    return normalise(torch.arange(256, dtype=torch.uint8, device=device).expand(3, 1, 256), recipe)[:, 0]
 
 
 def scale_float(frames: Tensor, recipe: Recipe) -> Tensor:

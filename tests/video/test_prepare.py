@@ -1,3 +1,4 @@
+import importlib
 import json
 from dataclasses import asdict, replace
 
@@ -7,9 +8,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from merv_fast.video import Recipe, prepare
+from merv_fast.ops import resample_frames
+from merv_fast.video import Recipe, every, prepare
 from tests.budgets import NORMALISED_FRAMES
 from tests.golden_files import load
+
+# The package exports a function under the module's name.
+module = importlib.import_module("merv_fast.video.prepare")
+prepare_all = module.prepare_all
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -163,6 +169,97 @@ def test_refuses_values_outside_0_to_1(value):
 def test_refuses_other_shapes(shape):
     with pytest.raises(ValueError, match=r"prepare: frames must be \[\.\.\., H, W, 3\], got shape"):
         prepare(frames(*shape), SMALL)
+
+
+def step_by_step(batch, recipe, dtype):
+    """Resize, cut or pad, then the arithmetic of the normalisation on every pixel."""
+    size = (recipe.size, recipe.size)
+    if recipe.resize != "resize-naive":
+        if recipe.resize == "letterbox":
+            batch = module.letterbox(batch, recipe.mean)
+        size = module.short_side_to(recipe.short_side, *batch.shape[-3:-1])
+    picture = module.pad(resample_frames(batch, size, recipe.method), recipe.size)
+    top, left = (round((length - recipe.size) / 2) for length in picture.shape[-3:-1])
+    planes = picture[..., top : top + recipe.size, left : left + recipe.size, :].movedim(-1, -3).contiguous()
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (recipe.mean, recipe.std))
+    return (((planes / 255) - mean) / std).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("short_side", [36, 27], ids=["cut", "padded"])
+@pytest.mark.parametrize("resize", ["resize-naive", "letterbox", "resize-crop"])
+def test_levels_change_no_bit_of_the_normalisation(resize, short_side, dtype):
+    recipe = replace(SMALL, resize=resize, short_side=short_side)
+    batch = frames(2, 48, 85, 3)
+    assert torch.equal(prepare(batch, recipe, dtype), step_by_step(batch, recipe, dtype))
+
+
+def watched(monkeypatch):
+    """The number of tables of each resampling from here on."""
+    tables, resample = [], module.resample_normalise
+
+    def counting(frames, size, method, crop, levels):
+        tables.append(len(levels))
+        return resample(frames, size, method, crop, levels)
+
+    monkeypatch.setattr(module, "resample_normalise", counting)
+    return tables
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_encoders_that_see_the_same_picture_share_its_resampling(monkeypatch, dtype):
+    clip, counts = frames(2, 8, 48, 85, 3), {"languagebind": 4, "dinov2": 4, "vivit": 8, "siglip": 4}
+    recipes = [replace(RECIPES[name], size=32, short_side=36) for name in counts]
+    alone = [
+        prepare(every(clip, count, dim=1), recipe, dtype)
+        for recipe, count in zip(recipes, counts.values(), strict=True)
+    ]
+    tables = watched(monkeypatch)
+    together = prepare_all(clip, recipes, list(counts.values()), dtype)
+    assert tables == [2, 1]
+    for got, expected in zip(together, alone, strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "resamplings"),
+    [
+        ({"mean": HALF[0], "std": HALF[1]}, 1),
+        ({"resize": "letterbox"}, 2),
+        ({"method": "bicubic"}, 2),
+        ({"short_side": 40}, 2),
+        ({"size": 30}, 2),
+    ],
+    ids=str,
+)
+def test_only_the_same_picture_is_shared(monkeypatch, change, resamplings):
+    clip, recipes = frames(4, 48, 85, 3), [SMALL, replace(SMALL, **change)]
+    alone = [prepare(clip, recipe) for recipe in recipes]
+    tables = watched(monkeypatch)
+    for got, expected in zip(prepare_all(clip, recipes, [4, 4]), alone, strict=True):
+        assert torch.equal(got, expected)
+    assert len(tables) == resamplings
+
+
+def test_letterboxes_of_other_colours_are_not_shared():
+    clip, black = frames(2, 48, 85, 3), replace(SMALL, resize="letterbox", mean=(0, 0, 0))
+    recipes = [replace(black, mean=HALF[0]), black]
+    for got, recipe in zip(prepare_all(clip, recipes, [2, 2]), recipes, strict=True):
+        assert torch.equal(got, prepare(clip, recipe))
+
+
+@pytest.mark.parametrize(
+    ("shape", "counts", "message"),
+    [
+        ((48, 85, 3), [1, 1], r"prepare_all: frames must be \[\.\.\., F, H, W, 3\], got shape \(48, 85, 3\)"),
+        ((4, 48, 85), [1, 1], r"prepare: frames must be \[\.\.\., H, W, 3\], got shape \(4, 48, 85\)"),
+        ((4, 48, 85, 3), [4], r"prepare_all: num_frames must be 2 numbers like recipes, got 1"),
+        ((4, 48, 85, 3), [4, 3], r"every: count must divide the 4 frames, got 3"),
+    ],
+)
+def test_prepare_all_says_what_is_wrong(shape, counts, message):
+    with pytest.raises(ValueError, match=message):
+        prepare_all(frames(*shape), [SMALL, SMALL], counts)
 
 
 def test_recipe_survives_json():
