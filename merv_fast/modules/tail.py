@@ -54,10 +54,7 @@ class Tail(nn.Module):
         linears = [layer for projector in projectors for layer in projector.projector.linears]
         first = projectors[0]
         pooled_slots = any(projector.slots != first.output_slots for projector in projectors)
-        # Folded in each call, so the query follows the weights and gradients reach them.
-        query, bias = cast(WeighingFusion, self.fusion).fold()
-        # Autocast may have folded in another dtype than that of the weights; the op takes one.
-        query, bias = query.to(linears[0].weight.dtype), bias.to(linears[0].weight.dtype)
+        query, bias = cast(WeighingFusion, self.fusion).folded(linears[0].weight.dtype)
         return ops.pool_project_fuse(
             list(xs),
             [layer.weight for layer in linears],

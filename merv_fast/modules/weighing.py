@@ -2,12 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from math import sqrt
+from typing import Self
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from merv_fast import ops
 from merv_fast.modules.joining import Fusion
+from merv_fast.ops._autocast import without_autocast
+from merv_fast.versions import Versions
 
 __all__ = ["CrossAttentionFusion", "ScalarFusion", "WeighingFusion", "convert_fusion_state_dict"]
 
@@ -20,6 +24,9 @@ class WeighingFusion(Fusion):
 
     A ``V_e`` of a single token is repeated to the length of the others. The weights are float32, float64 for
     float64 values.
+
+    Without gradients the folded query and bias are kept until a parameter changes, as folding reads all of
+    them. PyTorch does not count writes through ``parameter.data``: after those, call ``eval()`` or ``train()``.
     """
 
     op = "fuse_encoders"
@@ -32,6 +39,30 @@ class WeighingFusion(Fusion):
     def fold(self) -> tuple[Tensor, Tensor]:
         """``query [D]`` and ``bias [E]`` of the present parameters, differentiable."""
         raise NotImplementedError
+
+    def folded(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`fold` in ``dtype``, which autocast does not touch; the same tensors as long as nothing has changed."""
+        parameters = list(self.parameters())
+        needs_grad = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
+        if needs_grad or torch.compiler.is_compiling():
+            return self._fold_in(dtype)
+        versions, made = _FOLDED.get(self, (None, None))
+        if versions is None or made is None or made[0].dtype != dtype or not versions.same(parameters):
+            # What is made in inference mode has no version by which the op could know it again.
+            with torch.inference_mode(False), torch.no_grad():
+                made = self._fold_in(dtype)
+            _FOLDED[self] = Versions(parameters), made
+        return made
+
+    def _fold_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        with without_autocast(next(self.parameters())):
+            query, bias = self.fold()
+        return query.to(dtype), bias.to(dtype)
+
+    def train(self, mode: bool = True) -> Self:
+        """As in torch.nn.Module; what was kept of the parameters is made again."""
+        _FOLDED.pop(self, None)
+        return super().train(mode)
 
     def output_tokens(self, tokens_per_encoder: Sequence[int]) -> int:
         """The common S_e, those of a single token aside."""
@@ -46,9 +77,12 @@ class WeighingFusion(Fusion):
     def forward(self, values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """``values``, E tensors ``[B, S, D]`` or ``[B, 1, D]``, to ``[B, S, D]`` and ``[B, E]``."""
         self.output_tokens([value.shape[1] for value in values])
-        query, bias = self.fold()
-        # Autocast may have folded in another dtype than that of the values; the op takes one.
-        return ops.fuse_encoders(list(values), query.to(values[0].dtype), bias.to(values[0].dtype))
+        query, bias = self.folded(values[0].dtype)
+        return ops.fuse_encoders(list(values), query, bias)
+
+
+_FOLDED: WeakKeyDictionary[WeighingFusion, tuple[Versions, tuple[Tensor, Tensor]]] = WeakKeyDictionary()
+"""What `folded` keeps of each module; outside of them, so that they can be copied and pickled."""
 
 
 class CrossAttentionFusion(WeighingFusion):

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merv_fast.ops._autocast import without_autocast
+from merv_fast.ops._autocast import outside_autocast, without_autocast
 from merv_fast.ops._autograd import refuse_second_derivative
 from merv_fast.ops._checks import (
     check_alike,
@@ -36,6 +36,7 @@ from merv_fast.ops._checks import (
     check_encoder_weighing,
     check_floating,
 )
+from merv_fast.ops._kernels import register_kernel
 
 __all__ = ["fuse_encoders"]
 
@@ -137,6 +138,8 @@ def _length(values: Sequence[Tensor]) -> int:
 
 torch.library.impl("merv_fast::fuse_encoders", "default", reference)
 torch.library.impl("merv_fast::fuse_encoders_backward", "default", reference_backward)
+register_kernel("fuse_encoders", reference)
+register_kernel("fuse_encoders_backward", reference_backward)
 
 
 @torch.library.register_fake("merv_fast::fuse_encoders")
@@ -163,6 +166,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.save_for_backward(*values, query, output[1])
 
 
+@outside_autocast
 def _backward(ctx: Any, grad_tokens: Tensor, grad_encoder_weights: Tensor) -> tuple[Any, ...]:
     *values, query, encoder_weights = ctx.saved_tensors
     return torch.ops.merv_fast.fuse_encoders_backward.default(

@@ -20,12 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from merv_fast.ops._autocast import without_autocast
+from merv_fast.ops._autocast import outside_autocast, without_autocast
 from merv_fast.ops._autograd import refuse_second_derivative
 from merv_fast.ops._checks import check_count, check_grid, check_layers, check_maps
 from merv_fast.ops._hidden_layers import hidden_layers, hidden_layers_backward, linear_backward
-from merv_fast.ops.pool_tokens import reference as pool
-from merv_fast.ops.pool_tokens import reference_backward as pool_backward
+from merv_fast.ops._kernels import register_kernel
 
 __all__ = ["pool_project"]
 
@@ -90,7 +89,7 @@ def reference(
     out_slots: int,
 ) -> Tensor:
     """Pool, pass the hidden layers, then the last one."""
-    tokens = pool(x, grid, out_grid, out_slots).flatten(1, 2)
+    tokens = torch.ops.merv_fast.pool_tokens.default(x, grid, out_grid, out_slots).flatten(1, 2)
     return F.linear(hidden_layers(tokens, weights[:-1], biases[:-1]), weights[-1], biases[-1])
 
 
@@ -104,20 +103,25 @@ def reference_backward(
     out_slots: int,
     needs_x: bool,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Walk back through the last layer, the hidden ones and the pooling."""
-    pooled = pool(x, grid, out_grid, out_slots).flatten(1, 2)
+    """Walk back through the last layer, the hidden ones and the pooling; every device does it so.
+
+    Its products are plain ones, and the pooling finds its own kernels.
+    """
+    pooled = torch.ops.merv_fast.pool_tokens.default(x, grid, out_grid, out_slots).flatten(1, 2)
     hidden = hidden_layers(pooled, weights[:-1], biases[:-1])
     dweight, dbias = linear_backward(grad, hidden)
     dx: list[Tensor] = []
     dhidden = grad @ weights[-1] if needs_x or len(weights) > 1 else grad
     dpooled, dweights, dbiases = hidden_layers_backward(dhidden, pooled, weights[:-1], biases[:-1], needs_x)
     if dpooled is not None:
-        dx = [pool_backward(dpooled.unflatten(1, (out_slots, -1)), grid, out_grid, x.shape[1])]
+        maps = dpooled.unflatten(1, (out_slots, -1))
+        dx = [torch.ops.merv_fast.pool_tokens_backward.default(maps, grid, out_grid, x.shape[1])]
     return dx, [*dweights, dweight], [*dbiases, dbias]
 
 
 torch.library.impl("merv_fast::pool_project", "default", reference)
 torch.library.impl("merv_fast::pool_project_backward", "default", reference_backward)
+register_kernel("pool_project", reference)
 
 
 @torch.library.register_fake("merv_fast::pool_project")
@@ -152,6 +156,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, *weights, *biases)
 
 
+@outside_autocast
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, *layers = ctx.saved_tensors
     weights, biases = layers[: len(layers) // 2], layers[len(layers) // 2 :]

@@ -28,14 +28,14 @@ then back through the hidden layers and the pooling. h_e is recomputed: nothing 
 Source: the tail of MERV (arXiv 2501.01426): projectors `avg`, `3davg`, fusion `cross_attention_avg_lq`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from merv_fast.ops._autocast import without_autocast
+from merv_fast.ops._autocast import outside_autocast, without_autocast
 from merv_fast.ops._autograd import refuse_second_derivative
 from merv_fast.ops._checks import (
     check_alike,
@@ -47,9 +47,8 @@ from merv_fast.ops._checks import (
     check_maps,
 )
 from merv_fast.ops._hidden_layers import hidden_layers, hidden_layers_backward
+from merv_fast.ops._kernels import register_kernel
 from merv_fast.ops.fuse_encoders import softmax_backward
-from merv_fast.ops.pool_tokens import reference as pool
-from merv_fast.ops.pool_tokens import reference_backward as pool_backward
 
 __all__ = ["pool_project_fuse"]
 
@@ -151,7 +150,8 @@ def reference(
     hidden, scores = [], []
     for e, x in enumerate(xs):
         own = slice(e * L, (e + 1) * L - 1)
-        pooled = pool(x, grids[2 * e : 2 * e + 2], out_grid, out_slots).flatten(1, 2)
+        grid = grids[2 * e : 2 * e + 2]
+        pooled = torch.ops.merv_fast.pool_tokens.default(x, grid, out_grid, out_slots).flatten(1, 2)
         hidden.append(hidden_layers(pooled, weights[own], biases[own]))
         scores.append(hidden[e].mean(1, dtype=dtype) @ (q @ P[e].to(dtype)))
     encoder_weights = torch.softmax(torch.stack(scores, 1) + b @ q + bias.to(dtype), 1)
@@ -160,7 +160,21 @@ def reference(
     return tokens.add_((encoder_weights @ b)[:, None]), encoder_weights
 
 
-def reference_backward(
+def reference_backward(*arguments: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
+    """The formulas above, their passes over tokens in PyTorch."""
+    return backward(dots, blend, *arguments)
+
+
+def kernel_backward(*arguments: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
+    """The formulas above, with kernels for their passes over tokens."""
+    from merv_fast.kernels import _blend
+
+    return backward(_blend.dots, _blend.blend, *arguments)
+
+
+def backward(
+    dots: Callable[..., tuple[Tensor, Tensor]],
+    blend: Callable[..., None],
     grad_tokens: Tensor,
     grad_encoder_weights: Tensor,
     xs: list[Tensor],
@@ -173,38 +187,68 @@ def reference_backward(
     out_slots: int,
     needs_xs: bool,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
-    """The formulas above: dw of every encoder first, as its softmax couples them, then encoder by encoder."""
-    G, dtype, L, S = grad_tokens, encoder_weights.dtype, len(weights) // len(xs), grad_tokens.shape[1]
+    """dw of every encoder first, as the softmax couples them, then encoder by encoder."""
+    G, w, dtype, L = grad_tokens, encoder_weights, encoder_weights.dtype, len(weights) // len(xs)
     P, b = weights[L - 1 :: L], torch.stack(biases[L - 1 :: L]).to(dtype)
     q, G_sum = query.to(dtype), G.sum(1, dtype=dtype)
-    pooled, hidden, Z, dw = [], [], [], []
-    for e, x in enumerate(xs):
-        own = slice(e * L, (e + 1) * L - 1)
-        pooled.append(pool(x, grids[2 * e : 2 * e + 2], out_grid, out_slots).flatten(1, 2))
-        hidden.append(hidden_layers(pooled[e], weights[own], biases[own]))
-        Z.append(G @ P[e])
-        dw.append((Z[e].to(dtype) * hidden[e]).sum((1, 2)) + G_sum @ b[e])
-    w, ds = encoder_weights, softmax_backward(torch.stack(dw, 1) + grad_encoder_weights, encoder_weights)
+    own = [slice(e * L, (e + 1) * L - 1) for e in range(len(xs))]
+    pooled = [
+        torch.ops.merv_fast.pool_tokens.default(x, grids[2 * e : 2 * e + 2], out_grid, out_slots).flatten(1, 2)
+        for e, x in enumerate(xs)
+    ]
+    hidden = [hidden_layers(pooled[e], weights[own[e]], biases[own[e]]) for e in range(len(xs))]
+    Z = [G @ P_e for P_e in P]
+    dw, means = dots(Z, hidden)
+    ds = softmax_backward(dw + G_sum @ b.T + grad_encoder_weights, w)
 
+    # In place: Z becomes dh, and h becomes w h.
+    if needs_xs or L > 1:
+        blend(w, grads=Z, ds=ds, vectors=[q @ P_e.to(dtype) for P_e in P], dvalues=Z)
+    blend(w, values=hidden, weighed=hidden)
     dxs, dweights, dbiases, dquery = [], [], [], ds.sum(0) @ b
-    for e, x in enumerate(xs):
-        own = slice(e * L, (e + 1) * L - 1)
-        w_e, ds_e, P_e = w[:, e, None, None], ds[:, e, None, None], P[e].to(dtype)
-        mean = ds[:, e] @ hidden[e].mean(1, dtype=dtype)
-        dhidden = (w_e * Z[e] + ds_e * (q @ P_e / S)).to(G.dtype)
-        dpooled, dW, db = hidden_layers_backward(dhidden, pooled[e], weights[own], biases[own], needs_xs)
-        dP = G.flatten(0, 1).T @ (w_e * hidden[e]).to(G.dtype).flatten(0, 1) + torch.outer(q, mean)
+    for e, mean in enumerate(means.split([h.shape[2] for h in hidden], 1)):
+        dpooled, dW, db = hidden_layers_backward(Z[e], pooled[e], weights[own[e]], biases[own[e]], needs_xs)
+        weighed_mean = ds[:, e] @ mean
+        dP = G.flatten(0, 1).T @ hidden[e].flatten(0, 1) + torch.outer(q, weighed_mean)
         dweights += [*dW, dP.to(G.dtype)]
         dbiases += [*db, (w[:, e] @ G_sum + ds[:, e].sum() * q).to(G.dtype)]
-        dquery += P_e @ mean
+        dquery += P[e].to(dtype) @ weighed_mean
         if dpooled is not None:
             maps = dpooled.unflatten(1, (out_slots, -1))
-            dxs.append(pool_backward(maps, grids[2 * e : 2 * e + 2], out_grid, x.shape[1]))
+            grid = grids[2 * e : 2 * e + 2]
+            dxs.append(torch.ops.merv_fast.pool_tokens_backward.default(maps, grid, out_grid, xs[e].shape[1]))
     return dxs, dweights, dbiases, dquery.to(query.dtype), ds.sum(0).to(query.dtype)
+
+
+def dots(grads: list[Tensor], values: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """``(<G_e, V_e> [B, E], mean_s(V_e) side by side [B, sum D_e])`` per video, in the dtype sums are made in."""
+    dtype = torch.promote_types(values[0].dtype, torch.float32)
+    products = [(G.to(dtype) * V).sum((1, 2)) for G, V in zip(grads, values, strict=True)]
+    return torch.stack(products, 1), torch.cat([V.mean(1, dtype=dtype) for V in values], 1)
+
+
+def blend(
+    w: Tensor,
+    *,
+    grads: Sequence[Tensor] = (),
+    ds: Tensor | None = None,
+    vectors: Sequence[Tensor] = (),
+    dvalues: Sequence[Tensor] = (),
+    values: Sequence[Tensor] = (),
+    weighed: Sequence[Tensor] = (),
+) -> None:
+    """Write ``dvalues[e] = w_e G_e + ds_e vectors[e] / S``, and ``weighed[e] = w_e V_e``; in place, if asked to."""
+    for e, (out, G, vector) in enumerate(zip(dvalues, grads, vectors, strict=True)):
+        assert ds is not None
+        out.copy_(w[:, e, None, None] * G + ds[:, e, None, None] * (vector / G.shape[1]))
+    for e, (out, V) in enumerate(zip(weighed, values, strict=True)):
+        out.copy_(w[:, e, None, None] * V)
 
 
 torch.library.impl("merv_fast::pool_project_fuse", "default", reference)
 torch.library.impl("merv_fast::pool_project_fuse_backward", "default", reference_backward)
+register_kernel("pool_project_fuse", reference)
+register_kernel("pool_project_fuse_backward", reference_backward, kernel_backward)
 
 
 @torch.library.register_fake("merv_fast::pool_project_fuse")
@@ -247,6 +291,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.save_for_backward(*xs, *weights, *biases, query, output[1])
 
 
+@outside_autocast
 def _backward(ctx: Any, grad_tokens: Tensor, grad_encoder_weights: Tensor) -> tuple[Any, ...]:
     *tensors, query, encoder_weights = ctx.saved_tensors
     xs, layers = tensors[: ctx.E], tensors[ctx.E :]

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from merv_fast.ops._autocast import without_autocast
+from merv_fast.ops._autocast import outside_autocast, without_autocast
 from merv_fast.ops._checks import check_count, check_grid, check_maps
+from merv_fast.ops._kernels import register_kernel
 
 __all__ = ["pool_tokens"]
 
@@ -88,6 +89,8 @@ def _bins(size: int, count: int, like: Tensor) -> Tensor:
 
 torch.library.impl("merv_fast::pool_tokens", "default", reference)
 torch.library.impl("merv_fast::pool_tokens_backward", "default", reference_backward)
+register_kernel("pool_tokens", reference)
+register_kernel("pool_tokens_backward", reference_backward)
 
 
 @torch.library.register_fake("merv_fast::pool_tokens")
@@ -105,6 +108,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.slots = x.shape[1]
 
 
+@outside_autocast
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     dx = torch.ops.merv_fast.pool_tokens_backward.default(grad, ctx.grid, ctx.out_grid, ctx.slots)
     return dx, None, None, None
@@ -115,6 +119,7 @@ def _keep_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.out_slots = grad.shape[1]
 
 
+@outside_autocast
 def _double_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     # The op is linear: the adjoint of its adjoint is the op.
     dgrad = torch.ops.merv_fast.pool_tokens.default(grad, ctx.grid, ctx.out_grid, ctx.out_slots)

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merv_fast.ops._autocast import without_autocast
+from merv_fast.ops._autocast import outside_autocast, without_autocast
 from merv_fast.ops._autograd import refuse_second_derivative
 from merv_fast.ops._checks import check_count, check_floating
+from merv_fast.ops._kernels import register_kernel
 
 __all__ = ["temporal_attention"]
 
@@ -103,6 +104,8 @@ def _rows(sequences: Tensor, like: Tensor) -> Tensor:
 
 torch.library.impl("merv_fast::temporal_attention", "default", reference)
 torch.library.impl("merv_fast::temporal_attention_backward", "default", reference_backward)
+register_kernel("temporal_attention", reference)
+register_kernel("temporal_attention_backward", reference_backward)
 
 
 @torch.library.register_fake("merv_fast::temporal_attention")
@@ -120,6 +123,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(qkv)
 
 
+@outside_autocast
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     (qkv,) = ctx.saved_tensors
     return (

@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -239,3 +241,55 @@ def test_other_refusals() -> None:
             build_fusion(name, 9, 8)
     with pytest.raises(ValueError, match="positional_embedding must be False for scalar, got True"):
         build_fusion("scalar", 4, 8, positional_embedding=True)
+
+
+def folding_fusion() -> CrossAttentionFusion:
+    return CrossAttentionFusion(2, 8, query_width=6)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_folds_once_until_a_parameter_changes(context) -> None:
+    fusion = folding_fusion()
+    with context():
+        query, _ = fusion.folded(torch.float32)
+        assert fusion.folded(torch.float32)[0] is query
+        assert not query.is_inference()
+    optimiser = torch.optim.SGD(fusion.parameters(), lr=1.0)
+    fusion([torch.ones(1, 3, 8), torch.zeros(1, 3, 8)])[1][0, 0].backward()
+    optimiser.step()
+    with context():
+        changed, _ = fusion.folded(torch.float32)
+        assert not torch.equal(changed, query)
+        assert torch.equal(changed, fusion.fold()[0])
+
+
+def test_folds_anew_where_gradients_are_asked_for() -> None:
+    fusion = folding_fusion()
+    with torch.no_grad():
+        kept, _ = fusion.folded(torch.float32)
+    query, _ = fusion.folded(torch.float32)
+    assert query is not kept
+    assert query.requires_grad
+
+
+@torch.no_grad()
+def test_folds_in_the_dtype_asked_for_whatever_autocast_does() -> None:
+    fusion = folding_fusion()
+    exact, _ = fusion.folded(torch.float32)
+    with torch.autocast("cpu"):
+        assert torch.equal(folding_copy(fusion).folded(torch.float32)[0], exact)
+    assert fusion.folded(torch.float16)[0].dtype == torch.float16
+    assert torch.equal(fusion.folded(torch.float32)[0], exact)
+
+
+def folding_copy(fusion: CrossAttentionFusion) -> CrossAttentionFusion:
+    """Through pickle, which must not stumble over what is kept."""
+    return pickle.loads(pickle.dumps(fusion))
+
+
+@torch.no_grad()
+def test_writes_that_are_not_counted_are_seen_after_eval() -> None:
+    fusion = folding_fusion()
+    before, _ = fusion.folded(torch.float32)
+    fusion.k_proj.weight.data.mul_(2)
+    assert torch.equal(fusion.eval().folded(torch.float32)[0], 2 * before)

@@ -28,7 +28,11 @@ def test_same_numbers_and_gradients(name):
     cast = given.clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         got = call(cast)
-    got.square().sum().backward()
+    got.square().sum().backward(retain_graph=True)
     assert got.dtype == torch.float32
     assert torch.equal(got, expected)
     assert torch.equal(cast.grad, plain.grad)
+    loss = got.square().sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        (inside,) = torch.autograd.grad(loss, cast)
+    assert torch.equal(inside, plain.grad)

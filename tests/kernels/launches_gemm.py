@@ -1,0 +1,51 @@
+"""The GEMM of all encoders: MERV's shapes, both ways of reading, every epilogue."""
+
+import torch
+
+from merv_fast.kernels import _gemm
+from tests.kernels.registry import case, meta
+
+WIDTHS = [1024, 1024, 768, 768]
+KERNEL = ("gemm_kernel",)
+
+
+@case("gemm: weighed", torch.bfloat16, 1, 1024, WIDTHS, 4096, matrix=KERNEL)
+@case("gemm: weighed, batch of 8", torch.float16, 8, 1024, WIDTHS, 4096, matrix=KERNEL)
+@case("gemm: weighed, small", torch.bfloat16, 2, 64, [72, 72], 256, matrix=KERNEL)
+@case("gemm: weighed, eight encoders", torch.bfloat16, 1, 1024, [1024] * 8, 4096, matrix=KERNEL)
+@case("gemm: weighed, no descriptors", torch.bfloat16, 1, 1024, [769, 1023], 4095, matrix=KERNEL)
+@case("gemm: weighed, float32", torch.float32, 1, 1024, WIDTHS, 4096)
+def weighed(dtype, B, S, widths, N):
+    E = len(widths)
+    _gemm.project_weighed(
+        [meta(B, S, K, dtype=dtype) for K in widths],
+        [meta(N, K, dtype=dtype) for K in widths],
+        [meta(N, dtype=dtype) for _ in widths],
+        meta(B, E, 1024, dtype=torch.float32),
+        [1024] * E,
+        meta(E, dtype=torch.float32),
+    )
+
+
+@case("gemm: weighed, tf32", matrix=KERNEL)
+def weighed_in_tf32():
+    precision = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    weighed(torch.float32, 1, 1024, WIDTHS, 4096)
+    torch.backends.cuda.matmul.fp32_precision = precision
+
+
+@case("gemm: over 2^31 elements", torch.bfloat16, 1, 1 << 20, 1024, 4096, matrix=KERNEL)
+@case("gemm: one encoder", torch.bfloat16, 1, 1024, 1024, 4096, matrix=KERNEL)
+@case("gemm: one encoder, odd", torch.float16, 1, 1000, 769, 33, matrix=KERNEL)
+def plain(dtype, B, S, K, N):
+    _gemm.project(meta(B, S, K, dtype=dtype), meta(N, K, dtype=dtype), meta(N, dtype=dtype))
+
+
+@case("gemm: hidden layer with scores", torch.bfloat16, matrix=KERNEL)
+@case("gemm: hidden layer with scores, float32", torch.float32)
+def hidden(dtype):
+    x, w, bias = meta(1, 1024, 1024, dtype=dtype), meta(4096, 1024, dtype=dtype), meta(4096, dtype=dtype)
+    sums = meta(1, _gemm.score_chunks(1, 1024, 4096, dtype), dtype=torch.float32)
+    _gemm.project(x, w, bias, True, (meta(4096, dtype=torch.float32), sums))
+    _gemm.project(x, w, bias, True)
