@@ -35,13 +35,16 @@ LEAST_WEIGHT = tl.constexpr(2.0**-60)
 
 @triton.jit
 def gemm_kernel(
-    xs, ws, biases, out_ptr, a_ptr, sums_ptr, stride_sb,
+    x0, x1, x2, x3, x4, x5, x6, x7, w0, w1, w2, w3, w4, w5, w6, w7,
+    biases, out_ptr, a_ptr, sums_ptr, stride_sb,
     partial_ptr, offset_ptr, weights_ptr, chunks, lengths,
     strides_x, strides_w, B, S, N, Ks, m_tiles, n_tiles, CHUNKS,
     E: tl.constexpr, E_POWER: tl.constexpr, WEIGHED: tl.constexpr, GELU: tl.constexpr, SCORES: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
+    # One argument each, as a descriptor inside a tuple does not reach a kernel.
+    xs, ws = (x0, x1, x2, x3, x4, x5, x6, x7), (w0, w1, w2, w3, w4, w5, w6, w7)
     # GROUP row tiles share their column tiles while these are in L2.
     program = tl.program_id(0)
     rows = B * m_tiles
@@ -136,6 +139,7 @@ LAUNCHES = {
 """By architecture and class: "gelu" and "float32" need registers beside the tile, "large" is for where
 its tiles are enough for most of the chip."""
 
+MOST_ENCODERS = 8
 ENOUGH_TILES = 96
 ALIGNMENT = 16
 """Elements: what Triton takes as known of a stride, and at least TMA's 16 bytes."""
@@ -199,8 +203,10 @@ def _run(
     # Products in full float32 are made outside the tensor cores, where tiles read by TMA spill.
     descriptors = capability() >= 90 and (out.dtype != torch.float32 or precision == "tf32")
     gemm_kernel[(B * m_tiles * n_tiles,)](
-        tuple(describe(x, choice.block_m, choice.block_k) if descriptors else x for x in flat),
-        tuple(describe(w, choice.block_n, choice.block_k) if descriptors else w for w in ws),
+        *(describe(x, choice.block_m, choice.block_k) if descriptors else x for x in flat),
+        *[None] * (MOST_ENCODERS - E),
+        *(describe(w, choice.block_n, choice.block_k) if descriptors else w for w in ws),
+        *[None] * (MOST_ENCODERS - E),
         tuple(biases),
         out,
         vector,

@@ -39,6 +39,8 @@ def pretend(capability: int) -> list[SimpleNamespace]:
         assert 0 < grid[0] < 1 << 31, f"{self.__name__}: grid {grid}"
         assert all(0 < size < 1 << 16 for size in grid[1:]), f"{self.__name__}: grid {grid}"
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        nested = [kind for kind in kernel.src.signature.values() if isinstance(kind, tuple)]
+        assert "tensordesc" not in str(nested), f"{self.__name__}: a launch does not unpack descriptors in tuples"
         launched.append(SimpleNamespace(name=self.__name__, kernel=kernel, grid=tuple(grid)))
         return kernel
 

@@ -57,7 +57,7 @@ GEMM = of(
     ("tl.where(inside, result.to(tl.float32) * a[None, :], 0.0)", "result.to(tl.float32) * a[None, :]"),
     ("b * stride_sb + m_tile * n_tiles + n_tile", "b * stride_sb + m_tile + n_tile"),
     ("        (S,) * E,\n", "        (B * S,) * E,\n"),
-    ("pad(x, (0, -K % ALIGNMENT))", "pad(x, (-K % ALIGNMENT, 0))"),
+    ("pad(x, (0, -K % ALIGNMENT))", "pad(x, (0, -K % ALIGNMENT), value=1.0)"),
     ("x.stride(0) == x.shape[1] * stride", "True"),
 )
 

@@ -1,0 +1,41 @@
+"""Every call packs its arguments as a driver takes them, descriptors among them."""
+
+import os
+import shutil
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+from tests.kernels.test_compiling import MODULES
+
+HERE = Path(__file__).parent
+HEADERS = Path(triton.__file__).parent / "backends/nvidia/include"
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a libcuda.so.1 that checks launches and runs nothing."""
+    folder = tmp_path_factory.mktemp("driver")
+    command = ["cc", "-shared", "-fPIC", f"-I{HEADERS}", HERE / "libcuda.c", "-o", folder / "libcuda.so.1"]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are launched on the GPU itself")
+@pytest.mark.parametrize("module", MODULES)
+def test_launches(module, driver):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_LIBCUDA_PATH": str(driver), "LD_LIBRARY_PATH": str(driver)}
+    command = [sys.executable, "-m", "tests.kernels.launching", "90", module]
+    done = subprocess.run(command, cwd=HERE.parent.parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [*done.stdout.splitlines(), ""]
+    assert len(lines) > 1
+    for name, launch in pairwise(lines):
+        assert name.startswith("launch ") or launch.startswith("launch "), f"{name} launches nothing"
