@@ -78,7 +78,7 @@ def attempt(mutation: Mutation, copies: "SimpleQueue[Path]") -> str | None:
         return None
     if done.returncode < 0:
         return f"tests/{mutation.tests}: crashes"
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) ([^[ ]+)", done.stdout, re.MULTILINE)
     if failed is None:
         raise SystemExit(f"{command}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
     return failed[1]
