@@ -21,8 +21,10 @@ import PIL
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
+from bench import baselines
+from bench.baselines import ReferenceTail
 from merv_fast.encoders import encoder_config
 from merv_fast.ops import pool_project_fuse, pool_tokens, resample_frames
 from merv_fast.ops._native import native_fault
@@ -142,15 +144,12 @@ def pooling() -> list[Line]:
     """One video of DINOv2 or LanguageBind features."""
     x = torch.randn(1, 16, 256, 1024)
 
-    def reference() -> Tensor:
-        volume = x.view(1, 16, 16, 16, 1024).permute(0, 4, 1, 2, 3)
-        return F.adaptive_avg_pool3d(volume, (16, 8, 8)).permute(0, 2, 3, 4, 1).reshape(1, 16, 64, 1024)
-
     def two_dimensional() -> Tensor:
         planes = x.view(16, 16, 16, 1024).permute(0, 3, 1, 2)
         return F.adaptive_avg_pool2d(planes, (8, 8)).permute(0, 2, 3, 1).reshape(1, 16, 64, 1024)
 
     ours = partial(pool_tokens, x, (16, 16), (8, 8))
+    reference = partial(baselines.pool_tokens, x, (16, 16), (8, 8))
     for expected in (reference(), two_dimensional()):
         check(relative_error(ours(), expected) < GOLDEN, "pool_tokens")
     return compare(
@@ -160,32 +159,9 @@ def pooling() -> list[Line]:
     )
 
 
-class EagerTail(nn.Module):
-    """The reference's projectors and fusion, written plainly."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.projectors = nn.ModuleList(nn.Linear(width, D) for width in WIDTHS)
-        self.query = nn.Parameter(torch.randn(1, 1, QUERY_WIDTH))
-        self.attention = nn.MultiheadAttention(QUERY_WIDTH, 1, kdim=D, vdim=D, batch_first=True)
-
-    def forward(self, xs: list[Tensor]) -> tuple[Tensor, Tensor]:
-        values = []
-        for x, (H, W), projector in zip(xs, GRIDS, self.projectors, strict=True):
-            B, T, _, C = x.shape
-            volume = x.view(B, T, H, W, C).permute(0, 4, 1, 2, 3)
-            pooled = F.adaptive_avg_pool3d(volume, (T, 8, 8)).permute(0, 2, 3, 4, 1).reshape(B, T * 64, C)
-            values.append(projector(pooled))
-        stack = torch.stack(values, 1)
-        means = stack.mean(2)
-        _, weights = self.attention(self.query.expand(len(means), -1, -1), means, means)
-        B, E, S, width = stack.shape
-        return torch.bmm(weights, stack.reshape(B, E, S * width)).view(B, S, width), weights[:, 0]
-
-
 def tail() -> list[Line]:
     """Projectors and fusion at MERV's widths, one video, float32."""
-    module = EagerTail().eval()
+    module = ReferenceTail(WIDTHS, GRIDS, D, QUERY_WIDTH).eval()
     xs = [torch.randn(1, 16, H * W, C) for (H, W), C in zip(GRIDS, WIDTHS, strict=True)]
     attention = module.attention
     q_bias, k_bias, _ = attention.in_proj_bias.chunk(3)

@@ -1,6 +1,10 @@
-"""Without a GPU the Triton kernels run in the interpreter, which must be chosen before triton is imported."""
+"""Without a GPU the Triton kernels run in the interpreter, which must be chosen before triton is imported.
+
+With MERV_FAST_REQUIRE_CUDA=1 a session without a GPU ends at once, and what would be skipped fails.
+"""
 
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -13,12 +17,37 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 
+REQUIRE_CUDA = os.environ.get("MERV_FAST_REQUIRE_CUDA") == "1"
+
 # PyTorch looks up its constructors when a meta device is first used: before they are replaced below.
 with torch.device("meta"):
     torch.empty(0)
 
 
-@pytest.fixture
+def pytest_configure(config: pytest.Config) -> None:
+    if REQUIRE_CUDA and not torch.cuda.is_available():
+        raise pytest.UsageError("MERV_FAST_REQUIRE_CUDA=1, but PyTorch finds no CUDA GPU")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Iterator[None]:
+    return refuse_skip((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Iterator[None]:
+    return refuse_skip((yield))
+
+
+def refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> pytest.TestReport | pytest.CollectReport:
+    """``report``, a failure instead of a skip where a GPU is required; an expected failure stays one."""
+    if REQUIRE_CUDA and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome, report.longrepr = "failed", f"MERV_FAST_REQUIRE_CUDA=1, but this was left out: {reason}"
+    return report
+
+
+@pytest.fixture(scope="session")
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
