@@ -12,6 +12,9 @@ NORMALISED_FRAMES = 1e-6
 FLOAT64 = 1e-12
 """Relative: reassociated float64 sums of a few thousand terms of similar size."""
 
+DALI_LEVELS = 2
+"""Of 255: DALI converts the same Y'CbCr as FFmpeg, so the rounding before it, above one of RGB_LEVELS, is shared."""
+
 TRAINING = 1e-4
 """Relative to the first loss, float32: gradients differ by a few 1e-7, and 200 steps of descent add up at most."""
 

@@ -114,6 +114,33 @@ def explain(
 
 
 @app.command()
+def probe(
+    video: VideoArgument,
+    model: ModelOption = "merv-tiny",
+    sheet: Annotated[
+        Path | None,
+        typer.Option(help="PNG file to draw the frames into, as each encoder sees them.", show_default=False),
+    ] = None,
+    decoder: Annotated[str, typer.Option(help="auto, pyav or dali.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="Where frames are wanted: cpu (as ask and explain have it), auto, cuda, cuda:1, ...")
+    ] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    start: StartOption = 0.0,
+    end: EndOption = None,
+    fps: FpsOption = None,
+) -> None:
+    """Show what a video holds, what decodes it and why, and which frames each encoder gets."""
+    from merv_fast.cli.probe import probe_video, show_report
+
+    report = probe_video(video, model, decoder, device, clip(start, end, fps), sheet)
+    if as_json:
+        typer.echo(json.dumps(report.__dict__, ensure_ascii=False))
+    else:
+        show_report(report)
+
+
+@app.command()
 def convert(
     run_dir: Annotated[
         str, typer.Argument(help="A run directory of the reference, or a published id.", show_default=False)

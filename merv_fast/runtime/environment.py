@@ -22,7 +22,7 @@ REQUIRED = {
     "av": "decoding on the CPU",
 }
 OPTIONAL = {
-    "nvidia-dali-cuda130": ("dali", "nothing yet (decoding on the GPU)"),
+    "nvidia-dali-cuda130": ("dali", "decoding on a GPU"),
     "xformers": ("xformers", "nothing yet (attention kernels)"),
     "flash-attn": ("flash-attn", "nothing yet (attention kernels)"),
     "ray": ("ray", "nothing yet (encoding a corpus)"),

@@ -85,10 +85,7 @@ class Video(ABC):
             ValueError: An index is not in ``0 .. len - 1``.
             VideoError: The file cannot be decoded.
         """
-        wanted = [operator.index(index) for index in indices]
-        outside = next((index for index in wanted if not 0 <= index < len(self)), None)
-        if outside is not None:
-            raise ValueError(f"frames_at: indices must lie in 0..{len(self) - 1}, got {outside}")
+        wanted = self._checked(indices)
         position: dict[int, int] = {}
         for place, index in enumerate(wanted):
             position.setdefault(index, place)
@@ -101,6 +98,14 @@ class Video(ABC):
             if position[index] != place:
                 np.copyto(target[place], target[position[index]])
         return frames
+
+    def _checked(self, indices: Iterable[int]) -> list[int]:
+        """The indices as a list; raise ValueError if one is outside the video."""
+        wanted = [operator.index(index) for index in indices]
+        outside = next((index for index in wanted if not 0 <= index < len(self)), None)
+        if outside is not None:
+            raise ValueError(f"frames_at: indices must lie in 0..{len(self) - 1}, got {outside}")
+        return wanted
 
 
 def check_file(path: str, limits: VideoLimits) -> None:
