@@ -4,6 +4,7 @@ import logging
 import os
 from bisect import bisect_left
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,10 +14,14 @@ from merv_fast.errors import VideoError
 from merv_fast.video.base import Video, VideoLimits
 from merv_fast.video.container import decode_all, open_container
 from merv_fast.video.picture import blacken_transparent, to_rgb
+from merv_fast.video.progress import tick
+from merv_fast.video.seeking import Mismatch, decode_runs
 from merv_fast.video.survey import survey
 
 if TYPE_CHECKING:
+    from av.container import InputContainer
     from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
 
 __all__ = ["PyAVVideo"]
 
@@ -24,7 +29,10 @@ logger = logging.getLogger("merv_fast")
 
 
 class PyAVVideo(Video):
-    """A video file, decoded from its start up to the last frame asked for.
+    """A video file, decoded from its start up to the last frame asked for, or only around the frames asked for.
+
+    Which of the two is decided by the frames to decode, from the packets' index (`merv_fast.video.seeking`); frames
+    are the same either way.
 
     The container's own frame count is not believed: `merv_fast.video.survey` counts. A frame that
     nevertheless turns out not to decode is replaced by the nearest one before it (at the start, after it). In
@@ -39,6 +47,7 @@ class PyAVVideo(Video):
         self._survey = survey(path, limits)
         self.fps, self.duration = self._survey.fps, self._survey.duration
         self.size = self._survey.orientation.size(*self._survey.coded_size)
+        self._index = self._survey.index
         # With several threads PyAV loses the frames in flight when one of them fails.
         self._threads = 1 if self._survey.damaged else decoding_threads()
         self.decoder = f"PyAV ({self._survey.codec}, {self._threads} thread{'s' * (self._threads > 1)})"
@@ -67,7 +76,17 @@ class PyAVVideo(Video):
         self._report(missing, len(wanted))
 
     def _pick(self, wanted: list[int]) -> "Iterator[tuple[int, VideoFrame, bool]]":
-        """Each wanted index with its frame; an index may come again with a better one."""
+        """Each wanted index with its frame and whether it is that one; it may come again with a better frame."""
+        runs = self._index.runs(wanted) if self._index else []
+        if self._index and (len(runs) > 1 or runs[0].start):
+            try:
+                with self._open(self._threads) as (container, stream):
+                    for number, picture in decode_runs(container, stream, self._index, runs):
+                        yield number, picture, True
+                return
+            except Mismatch as mismatch:
+                logger.warning("%s: decoding from its start, for %s", self.path, mismatch)
+                self._index = None
         if self._threads > 1:
             errors: list[Exception] = []
             for index, frame, exact in self._decode(wanted, self._threads, errors):
@@ -83,12 +102,11 @@ class PyAVVideo(Video):
         self, wanted: list[int], threads: int, errors: list[Exception]
     ) -> "Iterator[tuple[int, VideoFrame, bool]]":
         """Each wanted index with its frame and True, or with the nearest frame and False."""
-        with open_container(self.path, self._limits) as (container, stream):
-            stream.thread_type = "AUTO" if threads > 1 else "NONE"
-            stream.thread_count = threads
+        with self._open(threads) as (container, stream):
             place, current, previous = 0, -1, None
             for frame in decode_all(container, stream, errors):
-                current = self._index(frame, current + 1)
+                tick()
+                current = self._number(frame, current + 1)
                 while wanted[place] <= current:
                     exact = wanted[place] == current
                     yield wanted[place], frame if exact else previous or frame, exact
@@ -101,7 +119,14 @@ class PyAVVideo(Video):
             for index in wanted[place:]:
                 yield index, previous, False
 
-    def _index(self, frame: "VideoFrame", following: int) -> int:
+    @contextmanager
+    def _open(self, threads: int) -> "Iterator[tuple[InputContainer, VideoStream]]":
+        with open_container(self.path, self._limits) as (container, stream):
+            stream.thread_type = "AUTO" if threads > 1 else "NONE"
+            stream.thread_count = threads
+            yield container, stream
+
+    def _number(self, frame: "VideoFrame", following: int) -> int:
         """The number of a frame by its presentation time, else the following one."""
         times = self._survey.times
         if times is None or frame.pts is None:
@@ -110,7 +135,16 @@ class PyAVVideo(Video):
         return index if index < len(times) and times[index] == frame.pts else following
 
 
+_processes = 1
+
+
+def share_processors(processes: int) -> None:
+    """Leave room for as many processes like this one."""
+    global _processes
+    _processes = processes
+
+
 def decoding_threads() -> int:
-    """One for each processor this process may run on, at most 16 (FFmpeg's own bound)."""
+    """One for each processor this process may run on, less the share of others, at most 16 (FFmpeg's own bound)."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(usable, 16)
+    return min(max(usable // _processes, 1), 16)

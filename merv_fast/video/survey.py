@@ -12,8 +12,11 @@ from merv_fast.errors import VideoError
 from merv_fast.video.base import VideoLimits
 from merv_fast.video.container import decode, decode_all, open_container, over_limit, packets
 from merv_fast.video.orientation import Orientation
+from merv_fast.video.progress import tick
+from merv_fast.video.seeking import PacketIndex, PacketLog
 
 if TYPE_CHECKING:
+    from av.container import InputContainer
     from av.packet import Packet
     from av.video.stream import VideoStream
 
@@ -31,6 +34,7 @@ class Survey:
         damaged: Whether decoding meets errors, or fewer frames than promised.
         times: Ascending presentation times of the frames, or None where they cannot be trusted and frames are
             numbered as they leave the decoder, which is in presentation order too.
+        index: Where decoding may start, or None where it must start with the file.
         fps: Average rate.
         duration: Seconds: ``frames / fps``, or up to the last presentation time if that is later still.
         coded_size: (height, width) of the first frame as stored.
@@ -42,6 +46,7 @@ class Survey:
     promised: int
     damaged: bool
     times: NDArray[np.int64] | None
+    index: PacketIndex | None
     fps: float
     duration: float
     coded_size: tuple[int, int]
@@ -51,24 +56,29 @@ class Survey:
 def survey(path: str, limits: VideoLimits) -> Survey:
     """Count and order the frames of ``path``.
 
-    A packet counts as a frame. If anything speaks against that (an error, a packet cut short, a container
-    that promises more, frames before the first keyframe), the file is decoded once to see what comes out.
+    A packet counts as a frame. If anything speaks against that (an error, a packet cut short, a container that
+    promises more, frames before the first keyframe), the file is decoded once to see what comes out.
     """
     errors: list[Exception] = []
     times: list[int | None] = []
     first = None
-    hidden, doubtful = 0, False
+    hidden, discarded, doubtful = 0, 0, False
     with open_container(path, limits) as (container, stream):
         # One thread returns the first frame without delay.
         stream.thread_type = "NONE"
         codec = stream.codec_context.name
+        log = PacketLog(stream.codec_context.codec.canonical_name, stream.codec_context.extradata)
         for packet in packets(container, stream, errors):
+            tick()
             if first is None:
                 first = next(iter(decode(stream, packet, errors)), None)
-            if not is_shown(packet, codec):
+            doubtful |= packet.is_corrupt or not (log.pts or packet.is_keyframe)
+            shown = is_shown(packet, codec)
+            log.add(packet, shown)
+            if not shown:
                 hidden += 1
+                discarded += packet.is_discard
                 continue
-            doubtful |= packet.is_corrupt or not (times or packet.is_keyframe)
             times.append(packet.pts)
             if len(times) > limits.max_frames:
                 raise VideoError(path, f"holds more than {limits.max_frames} frames (VideoLimits.max_frames)")
@@ -81,9 +91,10 @@ def survey(path: str, limits: VideoLimits) -> Survey:
         trusted = len(set(known)) == len(times) and not guessed
         fps = average_rate(stream, known)
         span = float((max(known) - min(known)) * stream.time_base) if known and stream.time_base else 0.0
-        promised = max(len(times), stream.frames - hidden, promised_by_duration(stream, known, fps))
-    doubtful |= bool(errors) or promised > len(times) or (trusted and min(known) < known[0])
-    frames = len(times)
+        frames = len(times)
+        indexed = promised_by_index(container, stream, hidden, discarded, frames)
+        promised = max(frames, indexed, promised_by_duration(stream, known, fps))
+    doubtful |= bool(errors) or promised > frames or (trusted and min(known) < log.pts[0])
     if doubtful:
         known, frames = decodable(path, limits)
         trusted &= len(set(known)) == frames
@@ -93,6 +104,7 @@ def survey(path: str, limits: VideoLimits) -> Survey:
         promised=max(promised, frames),
         damaged=doubtful and (bool(errors) or promised > frames),
         times=np.array(sorted(known), np.int64) if trusted else None,
+        index=log.index() if trusted and not doubtful else None,
         fps=fps,
         duration=max(frames / fps, span if span > (frames + 1) / fps else 0.0),
         coded_size=(first.height, first.width),
@@ -125,6 +137,7 @@ def decodable(path: str, limits: VideoLimits) -> tuple[list[int], int]:
         # With several threads PyAV loses the frames in flight when one of them fails.
         stream.thread_type = "NONE"
         for frame in decode_all(container, stream, []):
+            tick()
             frames += 1
             if frame.pts is not None:
                 times.append(frame.pts)
@@ -139,6 +152,16 @@ def average_rate(stream: "VideoStream", times: list[int]) -> float:
     if span and stream.time_base:
         return float((len(times) - 1) / (span * stream.time_base))
     return float(stream.guessed_rate or 25)
+
+
+def promised_by_index(
+    container: "InputContainer", stream: "VideoStream", hidden: int, discarded: int, frames: int
+) -> int:
+    """Frames that the container counts; ``hidden`` packets are not shown, ``discarded`` ones by an edit list."""
+    if discarded and stream.frames - hidden > frames and "mp4" in container.format.name:
+        # The count includes what the edit list cuts off; the demuxer's index does not.
+        return sum(not entry.is_discard for entry in stream.index_entries) - (hidden - discarded)
+    return stream.frames - hidden
 
 
 def promised_by_duration(stream: "VideoStream", times: list[int], fps: float) -> int:

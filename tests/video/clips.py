@@ -64,3 +64,36 @@ def write_clip(
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path
+
+
+def panned(count: int, height: int = 64, width: int = 128, pix_fmt: str = "yuv420p") -> list[av.VideoFrame]:
+    """A textured picture that moves, so that every predicted frame leans on others, with some cuts."""
+    frames = []
+    for place in range(count):
+        scene, step = divmod(place, 40)
+        coarse = np.random.default_rng(scene).integers(0, 256, (height // 4 + 40, width // 4 + 40, 3), np.uint8)
+        texture = coarse.repeat(4, 0).repeat(4, 1)[2 * step :, 3 * step :][:height, :width]
+        frames.append(av.VideoFrame.from_ndarray(np.ascontiguousarray(texture), "rgb24").reformat(format=pix_fmt))
+    return frames
+
+
+def plain_decode(path: Path) -> np.ndarray:
+    """Every frame in RGB, as FFmpeg gives them from the first to the last."""
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def repeat_clip(source: Path, path: Path, times: int) -> Path:
+    """The frames of ``source``, a clip that starts with a key frame that leans on nothing, over and over."""
+    with av.open(str(source)) as reader, av.open(str(path), "w") as writer:
+        stream = writer.add_stream_from_template(reader.streams.video[0])
+        packets = [packet for packet in reader.demux(video=0) if packet.size]
+        step = max(packet.pts for packet in packets) + packets[0].duration
+        for place in range(times):
+            for packet in packets:
+                copy = av.Packet(bytes(packet))
+                copy.stream, copy.time_base, copy.duration = stream, packet.time_base, packet.duration
+                copy.pts, copy.dts = packet.pts + place * step, packet.dts + place * step
+                copy.is_keyframe = packet.is_keyframe
+                writer.mux(copy)
+    return path

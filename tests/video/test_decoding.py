@@ -192,7 +192,7 @@ def test_audio_beside_the_video_is_passed_over(tmp_path):
 
 
 def test_reads_no_further_and_converts_no_more_than_asked(tmp_path, monkeypatch):
-    path = write_clip(tmp_path / "long.mp4", count=200, options=B_FRAMES)
+    path = write_clip(tmp_path / "long.mp4", count=200, options=B_FRAMES | {"g": "250", "sc_threshold": "0"})
     video = open_video(path)
     decoded, converted = [], []
     decode_all, to_rgb = merv_fast.video.pyav.decode_all, merv_fast.video.pyav.to_rgb

@@ -1,0 +1,318 @@
+"""Decode only the parts of a video that hold the frames asked for: where to start, what to skip, how to be sure."""
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from merv_fast.video.container import decode, packets
+from merv_fast.video.progress import tick
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.packet import Packet
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+__all__ = ["Mismatch", "PacketIndex", "PacketLog", "Run", "decode_runs"]
+
+RESTART = 8
+"""What a new start costs, in decoded frames: to run the decoder dry, to flush it and to fill its threads again."""
+
+READ_THROUGH = 64
+"""Packets that are read and dropped sooner than sought over."""
+
+START = b"\0\0\1"
+PICTURE_DATA = {"h264": range(1, 6), "hevc": range(32)}
+
+NO_TIME = np.iinfo(np.int64).min
+
+# Codecs whose key frames leave nothing of what came before to the frames shown after them. H.264 and HEVC are
+# looked into, since containers also flag frames there from which a picture only recovers gradually.
+SELF_CONTAINED = frozenset({"mpeg1video", "mpeg2video", "mpeg4", "vp8", "vp9", "av1", "mjpeg", "prores", "ffv1"})
+
+# Two packets may hold the two fields of one frame.
+FIELD_CODED = frozenset({"h264", "mpeg1video", "mpeg2video"})
+
+
+class Mismatch(Exception):
+    """What came out is not what the index announced; the file must be decoded from its start."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A stretch of packets to decode: positions ``start`` to ``stop``, both included, for the ``wanted`` frames."""
+
+    start: int
+    stop: int
+    wanted: frozenset[int]
+
+
+@dataclass(frozen=True)
+class PacketIndex:
+    """The packets of a stream by their position in decoding order, and its frames in presentation order.
+
+    Attributes:
+        pts: [packets] presentation times; `NO_TIME` where a packet that is not shown has none.
+        sizes: [packets] bytes.
+        times: [frames] ascending presentation times.
+        positions: [frames] of the packet of each.
+        entries: ascending positions of packets from which every frame shown no earlier decodes exactly; their
+            presentation times ascend too. The first packet is always one.
+    """
+
+    pts: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    times: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    entries: NDArray[np.int64]
+
+    def runs(self, wanted: list[int]) -> list[Run]:
+        """The cheapest stretches to decode for the ascending ``wanted`` frames.
+
+        One ends where going on would decode more than `RESTART` frames before the next frame's entry.
+        """
+        times = self.pts[self.entries]
+        # From the start of the file everything decodes, whatever the first packet's time.
+        times[0] = NO_TIME
+        runs: list[tuple[int, int, list[int]]] = [(0, -1, [])]
+        for frame in wanted:
+            start, stop, frames = runs[-1]
+            position = int(self.positions[frame])
+            entry = bisect_right(times, self.times[frame]) - 1
+            while self.entries[entry] > position:
+                entry -= 1
+            if self.entries[entry] - stop - 1 > RESTART:
+                runs.append((int(self.entries[entry]), position, [frame]))
+            else:
+                runs[-1] = (start, max(stop, position), [*frames, frame])
+        return [Run(start, stop, frozenset(frames)) for start, stop, frames in runs if frames]
+
+    def frame_at(self, time: int | None) -> int:
+        """The number of the frame shown at ``time``; raises `Mismatch` if there is none."""
+        frame = int(np.searchsorted(self.times, time)) if time is not None else len(self.times)
+        if frame == len(self.times) or self.times[frame] != time:
+            raise Mismatch(f"no packet announced a frame at {time}")
+        return frame
+
+
+@dataclass
+class PacketLog:
+    """Collects packets in decoding order, all that the demuxer gives, and makes their `PacketIndex`."""
+
+    codec: str
+    extradata: bytes | None
+    pts: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    shown: list[int] = field(default_factory=list)
+    discarded: list[int] = field(default_factory=list)
+    entries: list[int] = field(default_factory=list)
+    in_band: frozenset[int] = frozenset()
+    reconfigured: bool = False
+
+    def add(self, packet: "Packet[VideoStream]", shown: bool) -> None:
+        """Note the next packet."""
+        position = len(self.pts)
+        time = NO_TIME if packet.pts is None else packet.pts
+        self.pts.append(time)
+        self.sizes.append(packet.size)
+        if shown:
+            self.shown.append(position)
+        elif packet.is_discard:
+            self.discarded.append(time)
+        if not position:
+            self.in_band = parameter_sets(packet, self.codec, self.extradata)
+        else:
+            # A decoder that skips this packet would go on with its old parameters.
+            self.reconfigured |= packet.has_sidedata("new_extradata")
+        if not position or (shown and packet.is_keyframe and self._is_entry(packet)):
+            self.entries.append(position)
+
+    def _is_entry(self, packet: "Packet[VideoStream]") -> bool:
+        """Whether every frame shown with or after this one decodes without anything before it."""
+        if self.codec in SELF_CONTAINED:
+            return True
+        if self.codec not in ("h264", "hevc"):
+            return False
+        # A stream that carries its parameter sets along must repeat them here.
+        if not self.in_band <= parameter_sets(packet, self.codec, self.extradata):
+            return False
+        units = list(leading_units(packet, self.codec, self.extradata))
+        kind = unit_kind(units[-1], self.codec) if units else -1
+        if self.codec == "hevc":
+            return 16 <= kind <= 21
+        return kind == 5 or any(promises_recovery(unit) for unit in units)
+
+    def index(self) -> PacketIndex | None:
+        """The index, or None if times, edits or changes of the format make it unsafe to skip anything."""
+        pts = np.array(self.pts, np.int64)
+        positions = np.array(self.shown, np.int64)
+        entries = np.array(self.entries, np.int64)
+        times = pts[positions]
+        order = np.argsort(times, kind="stable")
+        times, positions = times[order], positions[order]
+        # Edit lists may cut off the two ends; one that cuts inside shifts times against the packets' order.
+        inside = any(times[0] < time < times[-1] or time == NO_TIME for time in self.discarded)
+        ascending = bool((np.diff(pts[entries[1:]]) > 0).all())
+        if self.reconfigured or inside or not ascending or times[0] == NO_TIME or not np.diff(times).all():
+            return None
+        return PacketIndex(pts, np.array(self.sizes, np.int64), times, positions, entries)
+
+
+def decode_runs(
+    container: "InputContainer", stream: "VideoStream", index: PacketIndex, runs: list[Run]
+) -> "Iterator[tuple[int, VideoFrame]]":
+    """Each wanted frame of ``runs`` with its number, in presentation order.
+
+    Every packet is compared with the index before it is decoded, and every frame is known by its time.
+
+    Raises:
+        Mismatch: A packet or frame is not the one announced, or does not decode. What was yielded before holds.
+    """
+    errors: list[Exception] = []
+    reader = PacketReader(container, stream, index, errors)
+    fields = stream.codec_context.codec.canonical_name in FIELD_CODED
+    for run in runs:
+        reader.go_to(run.start)
+        left = set(run.wanted)
+        first = run.start > 0
+        for frame in reader.decode(run.stop + fields):
+            if errors:
+                raise Mismatch(f"decoding failed: {errors[0]}")
+            number = index.frame_at(frame.pts)
+            # Decoders keep frames back that lean on what came before the entry; one that does not is of no use here.
+            if frame.is_corrupt or (first and not (frame.pts == index.pts[run.start] and frame.key_frame)):
+                raise Mismatch(f"the frame at {frame.pts} is damaged or no entry")
+            first = False
+            if number in left:
+                yield number, frame
+                left.remove(number)
+                if not left:
+                    break
+        if left:
+            raise Mismatch(f"{len(left)} frames did not come")
+        stream.codec_context.flush_buffers()
+
+
+class PacketReader:
+    """Reads the packets of a stream at known positions; each must be the one that the index has there."""
+
+    def __init__(
+        self, container: "InputContainer", stream: "VideoStream", index: PacketIndex, errors: list[Exception]
+    ) -> None:
+        self._container, self._stream, self._index, self._errors = container, stream, index, errors
+        self._source = packets(container, stream, errors)
+        self._next = 0
+        self._held: Packet[VideoStream] | None = None
+
+    def go_to(self, position: int) -> None:
+        """Make the packet at ``position``, which lies ahead and has a time, the next one."""
+        if position - self._next > READ_THROUGH:
+            self._seek(position)
+        while self._next < position:
+            self._take()
+
+    def decode(self, stop: int) -> "Iterator[VideoFrame]":
+        """All that the packets up to ``stop`` bring out of the decoder, which is then at its end."""
+        while self._next <= min(stop, len(self._index.pts) - 1):
+            yield from decode(self._stream, self._take(), self._errors)
+        yield from decode(self._stream, None, self._errors)
+
+    def _take(self) -> "Packet[VideoStream]":
+        packet = self._held or next(self._source, None)
+        self._held = None
+        if packet is None or (time_of(packet), packet.size) != self._announced(self._next):
+            raise Mismatch(f"packet {self._next} is not the one that was there before")
+        self._next += 1
+        tick()
+        return packet
+
+    def _seek(self, position: int) -> None:
+        """Let the container find ``position``; where it stops earlier, read on."""
+        import av
+
+        target = self._index.pts[position]
+        place = int(np.searchsorted(self._index.entries, position))
+        # A container that takes the presentation time for a decoding time overshoots where key frames are close.
+        for entry in self._index.entries[[place, place - 1]]:
+            try:
+                self._container.seek(int(self._index.pts[entry]), stream=self._stream)
+            except av.FFmpegError as error:
+                raise Mismatch(f"seeking failed: {error}") from error
+            self._source = packets(self._container, self._stream, self._errors)
+            for packet in self._source:
+                tick()
+                if time_of(packet) == target:
+                    self._held, self._next = packet, position
+                    return
+                if packet.is_keyframe and time_of(packet) > target:
+                    break
+        raise Mismatch(f"no seek leads to packet {position}")
+
+    def _announced(self, position: int) -> tuple[int, int]:
+        return int(self._index.pts[position]), int(self._index.sizes[position])
+
+
+def time_of(packet: "Packet[VideoStream]") -> int:
+    """Presentation time, or `NO_TIME`."""
+    return int(NO_TIME) if packet.pts is None else packet.pts
+
+
+def leading_units(packet: "Packet[VideoStream]", codec: str, extradata: bytes | None) -> Iterator[bytes]:
+    """The H.264 or HEVC units of a packet up to the first that holds picture data, which comes last."""
+    data = bytes(packet)
+    # After a configuration record, which starts with its version 1, units have length prefixes; else start codes.
+    length = (extradata[4 if codec == "h264" else 21] & 3) + 1 if extradata and extradata[0] == 1 else 0
+    place = 0 if length else data.find(START)
+    while 0 <= place < len(data):
+        begin = place + (length or len(START))
+        place = begin + int.from_bytes(data[place:begin], "big") if length else data.find(START, begin)
+        unit = data[begin : None if place < 0 else place]
+        if not unit:
+            return
+        yield unit
+        if unit_kind(unit, codec) in PICTURE_DATA[codec]:
+            return
+
+
+def unit_kind(unit: bytes, codec: str) -> int:
+    """``nal_unit_type`` (ITU-T H.264, table 7-1; H.265, table 7-1)."""
+    return unit[0] & 31 if codec == "h264" else unit[0] >> 1 & 63
+
+
+def parameter_sets(packet: "Packet[VideoStream]", codec: str, extradata: bytes | None) -> frozenset[int]:
+    """Kinds of the parameter sets that stand before the picture data of a packet."""
+    if codec not in ("h264", "hevc"):
+        return frozenset()
+    kinds = (7, 8) if codec == "h264" else (32, 33, 34)
+    found = (unit_kind(unit, codec) for unit in leading_units(packet, codec, extradata))
+    return frozenset(kind for kind in found if kind in kinds)
+
+
+def promises_recovery(unit: bytes) -> bool:
+    """Whether an H.264 unit is a message that from this picture on, in output order, all are exactly right.
+
+    That is a recovery point with ``recovery_frame_cnt`` 0 and ``exact_match_flag`` 1 (ITU-T H.264, D.1.8).
+    """
+    if unit_kind(unit, "h264") != 6:
+        return False
+    data = unit[1:].replace(b"\0\0\3", b"\0\0")
+    place = 0
+    while place + 2 < len(data):
+        kind = size = 0
+        while place < len(data) and data[place] == 255:
+            kind, place = kind + 255, place + 1
+        kind, place = kind + data[place], place + 1
+        while place < len(data) and data[place] == 255:
+            size, place = size + 255, place + 1
+        if place + 1 >= len(data):
+            return False
+        size, place = size + data[place], place + 1
+        if kind == 6:
+            # The count's code for 0 is a single 1.
+            return data[place] & 0xC0 == 0xC0
+        place += size
+    return False
