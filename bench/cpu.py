@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from bench import baselines
 from bench.baselines import ReferenceTail
+from bench.provenance import commit
 from merv_fast.encoders import encoder_config
 from merv_fast.ops import pool_project_fuse, pool_tokens, resample_frames
 from merv_fast.ops._native import native_fault
@@ -198,6 +200,7 @@ def main() -> None:
     if arguments.json:
         versions = {"torch": torch.__version__, "pillow": PIL.__version__, "python": platform.python_version()}
         setting = {"threads": THREADS, "rounds": ROUNDS, "machine": cpu(), "versions": versions}
+        setting |= {"commit": commit(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
         rows = [asdict(line) | {"ratio": line.ratio} for line in lines]
         arguments.json.write_text(json.dumps(setting | {"lines": rows}, indent=1) + "\n")
     if missed := [line for line in lines if line.missed]:

@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 import sys
 import time
 import warnings
@@ -60,6 +59,7 @@ from bench.cases import (
     tensors_of,
 )
 from bench.clock import Timing, measure
+from bench.provenance import commit
 from merv_fast.kernels._launch import Cost
 from merv_fast.ops._kernels import KERNELS
 from merv_fast.ops._native import native_fault
@@ -318,20 +318,13 @@ def copy_bandwidth() -> float:
 
 def about(run: Run) -> dict[str, Any]:
     """Device, versions, commit, date and shapes."""
-    commit = os.environ.get("MERV_FAST_COMMIT")
-    if commit is None:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        try:
-            commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            commit = "unknown"
     return {
         "device": torch.cuda.get_device_name() if run.setup.device == "cuda" else platform.machine(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "commit": commit,
+        "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "shapes": run.setup.shapes._asdict(),
         "copy_bytes_per_second": run.bandwidth,
