@@ -70,6 +70,7 @@ width = st.integers(1, 70)
 )
 @example(B=2, S=17, widths=[33, 64, 7, 16], N=34, spread=1.0, dtype=torch.float16)
 @example(B=1, S=4, widths=[769], N=33, spread=1.0, dtype=torch.float32)
+@example(B=64, S=3, widths=[16, 7], N=20, spread=1.0, dtype=torch.float32)
 def test_weighed(device, B, S, widths, N, spread, dtype):
     check_weighed(device, dtype, B, S, widths, N, spread)
 
