@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from merv_fast.kernels._launch import capability
+from merv_fast.kernels._launch import capability, unit_stride
 
-__all__ = ["blend", "dots", "unit_stride"]
+__all__ = ["Launch", "blend", "dots"]
 
 
 @triton.jit
@@ -175,8 +175,3 @@ def blend(
         BLOCK_D=choice.block_d,
         num_warps=choice.num_warps,
     )
-
-
-def unit_stride(x: Tensor) -> Tensor:
-    """``x``, copied if its channels are not next to each other."""
-    return x if x.stride(-1) == 1 else x.contiguous()

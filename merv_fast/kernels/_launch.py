@@ -1,10 +1,11 @@
-"""Which of a kernel's launch choices the current GPU takes, and what a call costs at least."""
+"""What launches share: the choices of the current GPU, channels without gaps, and what a call costs at least."""
 
 from typing import NamedTuple
 
 import triton
+from torch import Tensor
 
-__all__ = ["Cost", "capability"]
+__all__ = ["Cost", "capability", "unit_stride"]
 
 
 def capability() -> int:
@@ -16,6 +17,11 @@ def capability() -> int:
     if triton.knobs.runtime.interpret:
         return 80
     return {9: 90, 10: 100}.get(triton.runtime.driver.active.get_current_target().arch // 10, 80)
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """``x``, copied if its channels are not next to each other."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class Cost(NamedTuple):

@@ -10,15 +10,14 @@ the gradient once for <G, V> and the means, then the gradient again to write the
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from merv_fast.kernels._blend import blend, dots, load_tile, tile_of, unit_stride
-from merv_fast.kernels._launch import Cost, capability
+from merv_fast.kernels._blend import Launch, blend, dots, load_tile, tile_of
+from merv_fast.kernels._launch import Cost, capability, unit_stride
 from merv_fast.kernels._weighing import encoder_weights, pick
 
 __all__ = ["cost", "launch", "launch_backward"]
@@ -67,14 +66,6 @@ def sum_kernel(
         out += pick(w, e, E_POWER) * values[e].to(tl.float32)
     out_offset = (b * S + s)[:, None] * D + d[None, :]
     tl.store(out_ptr + out_offset, out.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-class Launch(NamedTuple):
-    """Tokens and channels of a program, and its warps."""
-
-    block_s: int
-    block_d: int
-    num_warps: int
 
 
 # Wide, for few partial sums: every program of the sum reads them all.

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from merv_fast.kernels._launch import Cost, capability
+from merv_fast.kernels._launch import Cost, capability, unit_stride
 
 __all__ = ["cost", "launch", "launch_backward", "pool"]
 
@@ -143,7 +143,7 @@ def pool(
     them sums has no elements.
     """
     E, B, choice = len(xs), xs[0].shape[0], LAUNCHES[capability()]
-    xs = [x if x.stride(-1) == 1 else x.contiguous() for x in xs]
+    xs = [unit_stride(x) for x in xs]
     widths = tuple(out.shape[2] for out in outs)
     (h, w), S = out_grid, out_slots * out_grid[0] * out_grid[1]
     chunks = [triton.cdiv(S, choice.block_s) * triton.cdiv(C, choice.block_c) for C in widths]

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from merv_fast.kernels._launch import Cost, capability
+from merv_fast.kernels._launch import Cost, capability, unit_stride
 
 __all__ = ["cost", "launch", "launch_backward"]
 
@@ -183,7 +183,7 @@ HELD = {80: 32, 90: 64, 100: 32}
 def launch(qkv: Tensor, heads: int, window: int) -> Tensor:
     """temporal_attention of ``qkv [B*T, N, 3*C]``."""
     choice = LAUNCHES[capability()]
-    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+    qkv = unit_stride(qkv)
     slots, N, width = qkv.shape
     d = width // (3 * heads)
     # A loop over keys carries sums, and masked channels carry masks: a thread then holds half as much.
@@ -213,7 +213,7 @@ def launch(qkv: Tensor, heads: int, window: int) -> Tensor:
 def launch_backward(grad: Tensor, qkv: Tensor, heads: int, window: int) -> Tensor:
     """temporal_attention_backward of ``grad [B*T, N, C]``, packed as ``qkv [B*T, N, 3*C]``."""
     choice = LAUNCHES[capability()]
-    grad, qkv = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad, qkv))
+    grad, qkv = unit_stride(grad), unit_stride(qkv)
     slots, N, width = qkv.shape
     d = width // (3 * heads)
     # Beside q there are g and dq: a thread can hold half of what it does in the forward.

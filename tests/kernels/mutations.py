@@ -95,6 +95,12 @@ POOL_PROJECT_FUSE_BACKWARD = of(
     ),
 )
 
+LAUNCH = of(
+    "kernels/_launch.py",
+    "test_fuse_encoders.py",
+    ("x if x.stride(-1) == 1 else x.contiguous()", "x"),
+)
+
 WEIGHING = of(
     "kernels/_weighing.py",
     "test_fuse_encoders.py",
@@ -130,7 +136,6 @@ FUSE_ENCODERS = of(
 BLEND = of(
     "kernels/_blend.py",
     "test_fuse_encoders.py",
-    ("x if x.stride(-1) == 1 else x.contiguous()", "x"),
     ("return (rest // n).to(tl.int64), rest % n", "return rest // n, rest % n"),
     ("tl.sum(V, 0) / lengths[e]", "tl.sum(V, 0) / lengths[0]"),
     ("(b * s_tiles + s_tile) * columns + first_columns[e]", "(b * s_tiles + s_tile) * columns"),
@@ -168,6 +173,7 @@ MUTATIONS = [
     *POOL_PROJECT,
     *POOL_PROJECT_FUSE,
     *POOL_PROJECT_FUSE_BACKWARD,
+    *LAUNCH,
     *WEIGHING,
     *FUSE_ENCODERS,
     *BLEND,
