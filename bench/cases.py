@@ -314,6 +314,18 @@ def weighed_gemm_case(setup: Setup, B: int) -> Case:
     return Case("  its GEMM", B, make, plainly, [Way(OURS, ours, [plainly])], cost)
 
 
+def chain_case(setup: Setup, B: int, hidden: bool = False) -> Case:
+    """All launches of pool_project_fuse, one after another, its score vectors remembered."""
+    reference = REFERENCES["pool_project_fuse"]
+
+    def make() -> tuple:
+        xs, tail, _ = make_tail(setup, B, hidden)
+        return tail_arguments(setup, xs, tail)
+
+    ways = [Way(OURS, tail_kernels.launch, [referenced(reference)])]
+    return Case(TAIL_MLP if hidden else TAIL, B, make, reference, ways, tail_kernels.cost)
+
+
 def scoring_case(setup: Setup) -> Case:
     def make() -> tuple:
         xs, tail, _ = make_tail(setup, 1, False)

@@ -23,8 +23,17 @@ from torch import Tensor
 
 from bench.cases import tensors_of
 from merv_fast import ops
-from merv_fast.kernels import _blend, _gemm, fuse_encoders, pool_project, pool_tokens, temporal_attention
+from merv_fast.kernels import (
+    _blend,
+    _gemm,
+    fuse_encoders,
+    pool_project,
+    pool_project_fuse,
+    pool_tokens,
+    temporal_attention,
+)
 from merv_fast.ops._native import native_fault
+from tests.kernels.schedules import scheduled
 
 __all__ = ["launches"]
 
@@ -38,6 +47,8 @@ def launches(device: str) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"pool_tokens with scores, {name}", lambda dtype=dtype: pool_with_scores(device, dtype)
         yield f"GEMM, {name}", lambda dtype=dtype: gemm(device, dtype, [40, 24], 48)
         yield f"GEMM, odd, {name}", lambda dtype=dtype: gemm(device, dtype, [33, 7], 35)
+        yield f"GEMM, persistent, {name}", lambda dtype=dtype: persistent_gemm(device, dtype)
+        yield f"tail, dependent, {name}", lambda dtype=dtype: dependent_tail(device, dtype)
         yield f"fuse_encoders, {name}", lambda dtype=dtype: fuse(device, dtype)
         yield f"dots and blend, {name}", lambda dtype=dtype: tail_backward(device, dtype)
         for window, width in ((4, 48), (5, 39), (18, 48)):
@@ -75,6 +86,19 @@ def gemm(device: str, dtype: torch.dtype, widths: list[int], N: int) -> Sequence
     scores = torch.empty(2, _gemm.score_chunks(2, 21, N, dtype), device=device)
     hidden = _gemm.project(xs[0], ws[0], biases[0], True, (torch.randn(N, device=device), scores))
     return tokens, w, hidden, scores
+
+
+def persistent_gemm(device: str, dtype: torch.dtype) -> Sequence[Tensor]:
+    """Four or more tiles by two programs."""
+    with scheduled(2, persistent=True):
+        return gemm(device, dtype, [40, 24], 272)
+
+
+def dependent_tail(device: str, dtype: torch.dtype) -> Sequence[Tensor]:
+    xs, weights = [rand(device, dtype, 2, 3, 16, C) for C in (40, 24)], [rand(device, dtype, 48, C) for C in (40, 24)]
+    biases, query, bias = [rand(device, dtype, 48) for _ in weights], rand(device, dtype, 48), rand(device, dtype, 2)
+    with scheduled(dependent=True):
+        return pool_project_fuse.launch(xs, weights, biases, query, bias, (4, 4, 4, 4), (2, 2), 3)
 
 
 def fuse(device: str, dtype: torch.dtype) -> Sequence[Tensor]:

@@ -41,13 +41,17 @@ GAIN = 1.02
 
 
 class Table(NamedTuple):
-    """A table of launch choices: where it stands, what might stand in it, and what decides."""
+    """A table of launch choices: where it stands, what might stand in it, and what decides.
+
+    Candidates are the fields of a launch from ``first`` on; the others stay as they are.
+    """
 
     module: Any
     variable: str
     entry: str | None
     candidates: Sequence[tuple]
     cases: Callable[[str], Iterator[Case]]
+    first: int = 0
 
     def choices(self, architecture: int) -> dict:
         """The dictionary that holds the choice, under ``key``."""
@@ -56,6 +60,17 @@ class Table(NamedTuple):
 
     def key(self, architecture: int) -> Any:
         return architecture if self.entry is None else self.entry
+
+    def tried(self, architecture: int) -> list[tuple]:
+        """The present choice, and what it is with each candidate in it."""
+        present = self.choices(architecture)[self.key(architecture)]
+        found = [tuple(present)]
+        for candidate in self.candidates:
+            fields = present._fields[self.first : self.first + len(candidate)]
+            choice = present._replace(**dict(zip(fields, candidate, strict=True)))
+            if architecture >= 90 or not getattr(choice, "dependent", False):
+                found.append(tuple(choice))
+        return list(dict.fromkeys(found))
 
 
 def grid(*sides: Sequence[int], threads: tuple[int, int]) -> list[tuple]:
@@ -72,6 +87,9 @@ NARROW = [(64, 128, 64, 4, s) for s in (3, 4, 5)] + [(64, 64, 64, 4, s) for s in
 NARROW += [(128, 64, 64, w, s) for w in (4, 8) for s in (3, 4)] + [(64, 128, 128, 4, 3), (64, 64, 128, 4, 4)]
 SINGLE = [(64, 64, 32, 4, s) for s in (2, 3, 4)] + [(32, 64, 32, 4, 3), (64, 128, 32, 8, 3), (128, 64, 32, 8, 3)]
 SINGLE += [(128, 128, 32, 8, 2), (64, 64, 16, 4, 4), (128, 128, 16, 8, 3)]
+SCHEDULES = list(product((False, True), repeat=2))
+SCHEDULE = _gemm.Launch._fields.index("persistent")
+"""What may follow a GEMM's tile: whether it is persistent, and dependent; and where."""
 
 
 def setup_on(device: str, dtype: torch.dtype = torch.bfloat16, **shapes: Any) -> Setup:
@@ -92,6 +110,22 @@ def weighed_small(device: str) -> Iterator[Case]:
     """A narrower language model, and fewer tokens."""
     yield catalogue.weighed_gemm_case(setup_on(device, D=2048), 1)
     yield catalogue.weighed_gemm_case(setup_on(device, out_grid=(4, 4)), 1)
+
+
+def chained(device: str) -> Iterator[Case]:
+    """The pooling and the GEMM that waits for it, as how one is launched changes what the other takes."""
+    for B in (1, 8):
+        yield catalogue.chain_case(setup_on(device), B)
+
+
+def chained_small(device: str) -> Iterator[Case]:
+    yield catalogue.chain_case(setup_on(device, D=2048), 1)
+    yield catalogue.chain_case(setup_on(device, out_grid=(4, 4)), 1)
+
+
+def chained_hidden(device: str) -> Iterator[Case]:
+    for B in (1, 8):
+        yield catalogue.chain_case(setup_on(device), B, hidden=True)
 
 
 def weighed_float32(device: str) -> Iterator[Case]:
@@ -187,11 +221,14 @@ def passes(device: str, which: str) -> Iterator[Case]:
 TABLES = {
     "gemm-large": Table(_gemm, "LAUNCHES", "large", LARGE, weighed),
     "pool_tokens": Table(pool_kernels, "LAUNCHES", None, grid(SIDES[:4], (128, 256), (4, 8), threads=(4, 32)), pooling),
+    "gemm-large-schedule": Table(_gemm, "LAUNCHES", "large", SCHEDULES, chained, SCHEDULE),
     "temporal_attention": Table(
         temporal_kernels, "LAUNCHES", None, list(product((4, 8, 16), (4, 8), (1, 2, 4, 8))), attending
     ),
     "gemm-gelu": Table(_gemm, "LAUNCHES", "gelu", [*LARGE, *NARROW], hidden),
+    "gemm-gelu-schedule": Table(_gemm, "LAUNCHES", "gelu", SCHEDULES, chained_hidden, SCHEDULE),
     "gemm-small": Table(_gemm, "LAUNCHES", "small", [*NARROW, *LARGE], weighed_small),
+    "gemm-small-schedule": Table(_gemm, "LAUNCHES", "small", SCHEDULES, chained_small, SCHEDULE),
     "fuse-sum": Table(fuse_kernels, "SUM", None, grid(SIDES[:3], (128, 256, 512), (4, 8), threads=(4, 16)), fusing),
     "fuse-scores": Table(
         fuse_kernels, "SCORES", None, grid(SIDES[2:], (64, 128, 256), (4, 8), threads=(8, 128)), fusing
@@ -204,17 +241,21 @@ TABLES = {
     ),
     "gemm-float32": Table(_gemm, "LAUNCHES", "float32", SINGLE, weighed_float32),
 }
-"""In the order of what matters most."""
+"""In the order of what matters most; what a table is found to be best with holds for those after it."""
 
 
 @contextmanager
 def chosen(table: Table, architecture: int, choice: tuple) -> Iterator[None]:
-    """While it lasts, the kernel launches with ``choice``, whatever the shape."""
+    """While it lasts, the kernel launches with ``choice``; a GEMM whatever its shape, if it has the epilogue."""
     choices, key, choose = table.choices(architecture), table.key(architecture), _gemm.choose
     before = choices[key]
     choices[key] = table.module.Launch(*choice)
     if table.module is _gemm:
-        _gemm.choose = lambda *shape, **how: choices[key]
+
+        def chosen_here(B: int, S: int, N: int, dtype: torch.dtype, gelu: bool) -> _gemm.Launch:
+            return choices[key] if gelu == (key == "gelu") else choose(B, S, N, dtype, gelu)
+
+        _gemm.choose = chosen_here
     try:
         yield
     finally:
@@ -222,9 +263,12 @@ def chosen(table: Table, architecture: int, choice: tuple) -> Iterator[None]:
 
 
 def tune(run: Run, name: str, seconds: float) -> tuple | None:
-    """The best choice for a table on this GPU, or None where the present one is; prints what was measured."""
+    """The best choice for a table on this GPU, or None where the present one is; prints what was measured.
+
+    Kernels launch with it from then on.
+    """
     table, architecture = TABLES[name], capability()
-    present = tuple(table.choices(architecture)[table.key(architecture)])
+    present, *others = table.tried(architecture)
     prepared = []
     with torch.no_grad():
         for case in table.cases(run.setup.device):
@@ -237,7 +281,7 @@ def tune(run: Run, name: str, seconds: float) -> tuple | None:
         printed = Printed(
             "choice", *(f"{case.op.strip()}, B={case.B}: us, % of roof" for case, *_ in prepared), title=name
         )
-        for choice in dict.fromkeys([present, *table.candidates]):
+        for choice in (present, *others):
             if found and time.monotonic() - started > seconds:
                 left_out += 1
                 continue
@@ -268,11 +312,16 @@ def tune(run: Run, name: str, seconds: float) -> tuple | None:
     best = min(found, key=found.__getitem__)
     gain = found[present] / found[best] if present in found else math.inf
     print(f"{name}: best {best}, {gain:.2f} times as fast as {present}", flush=True)
-    return best if gain >= GAIN else None
+    if gain < GAIN:
+        return None
+    table.choices(architecture)[table.key(architecture)] = table.module.Launch(*best)
+    return best
 
 
-def rewrite(source: str, variable: str, architecture: int, entry: str | None, choice: Sequence[int]) -> str:
-    """``source`` with ``choice`` in the place of one launch choice of the dictionary ``variable``.
+def rewrite(source: str, variable: str, architecture: int, entry: str | None, choice: Any) -> str:
+    """``source`` with ``choice``, a launch, in the place of one launch choice of the dictionary ``variable``.
+
+    What has a default is written by its name, and only where it differs.
 
     Raises:
         ValueError: there is no such entry.
@@ -287,17 +336,19 @@ def rewrite(source: str, variable: str, architecture: int, entry: str | None, ch
                 lines = source.encode().splitlines(keepends=True)
                 start = sum(map(len, lines[: place.lineno - 1])) + place.col_offset
                 end = sum(map(len, lines[: place.end_lineno - 1])) + place.end_col_offset
-                text = f"Launch({', '.join(map(str, choice))})"
-                return (source.encode()[:start] + text.encode() + source.encode()[end:]).decode()
+                defaults = choice._field_defaults
+                fields = [(name, value) for name, value in choice._asdict().items() if value != defaults.get(name)]
+                text = ", ".join(f"{name}={value}" if name in defaults else str(value) for name, value in fields)
+                return (source.encode()[:start] + f"Launch({text})".encode() + source.encode()[end:]).decode()
     wanted = f"{variable}[{architecture}]" + ("" if entry is None else f"[{entry!r}]")
     raise ValueError(f"rewrite: source must hold the launch choice {wanted}, got none")
 
 
-def write(name: str, architecture: int, choice: Sequence[int], directory: Path = KERNELS) -> Path:
+def write(name: str, architecture: int, choice: tuple, directory: Path = KERNELS) -> Path:
     """Put ``choice`` into the source of the table ``name`` in ``directory``."""
     table = TABLES[name]
-    file = directory / Path(table.module.__file__).name
-    file.write_text(rewrite(file.read_text(), table.variable, architecture, table.entry, choice))
+    file, launch = directory / Path(table.module.__file__).name, table.module.Launch(*choice)
+    file.write_text(rewrite(file.read_text(), table.variable, architecture, table.entry, launch))
     return file
 
 
@@ -323,7 +374,7 @@ def compile_share(names: Sequence[str], architecture: int, share: str) -> int:
 
     pretend(architecture)
     (index, count), done = map(int, share.split("/")), 0
-    jobs = [(TABLES[name], choice) for name in names for choice in TABLES[name].candidates]
+    jobs = [(TABLES[name], choice) for name in names for choice in TABLES[name].tried(architecture)]
     for table, choice in jobs[index::count]:
         # One video is enough: others launch the same kernel.
         case = next(table.cases("meta"))

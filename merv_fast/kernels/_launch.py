@@ -1,11 +1,12 @@
-"""What launches share: the choices of the current GPU, channels without gaps, and what a call costs at least."""
+"""What launches share: what the current GPU is and can do, channels without gaps, and what a call costs at least."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import triton
 from torch import Tensor
 
-__all__ = ["Cost", "capability", "unit_stride"]
+__all__ = ["Cost", "capability", "dependent_launches", "processors", "unit_stride"]
 
 
 def capability() -> int:
@@ -17,6 +18,23 @@ def capability() -> int:
     if triton.knobs.runtime.interpret:
         return 80
     return {9: 90, 10: 100}.get(triton.runtime.driver.active.get_current_target().arch // 10, 80)
+
+
+def dependent_launches() -> bool:
+    """Whether a kernel can be launched before the one in front of it has ended, and wait for it by itself."""
+    return capability() >= 90
+
+
+def processors() -> int:
+    """SMs of the current GPU; in the interpreter so few that a persistent program makes several tiles of a test."""
+    if triton.knobs.runtime.interpret:
+        return 3
+    return _processors(triton.runtime.driver.active.get_current_device())
+
+
+@lru_cache(maxsize=64)
+def _processors(device: int) -> int:
+    return triton.runtime.driver.active.utils.get_device_properties(device)["multiprocessor_count"]
 
 
 def unit_stride(x: Tensor) -> Tensor:

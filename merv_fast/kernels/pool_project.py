@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from merv_fast.kernels._gemm import ALIGNMENT, project
+from merv_fast.kernels._gemm import ALIGNMENT, is_dependent, project
 from merv_fast.kernels._launch import Cost
 from merv_fast.kernels.pool_tokens import cost as pool_cost
 from merv_fast.kernels.pool_tokens import pool
@@ -30,7 +30,8 @@ def launch(
     """pool_project of ``x [B, T, H*W, C]``."""
     B, S = x.shape[0], out_slots * out_grid[0] * out_grid[1]
     (buffer,) = token_buffers(B, S, [x])
-    pool([x], [grid], out_grid, out_slots, [buffer])
+    dependents = is_dependent(1, B * S, weights[0].shape[0], x.dtype, gelu=len(weights) > 1)
+    pool([x], [grid], out_grid, out_slots, [buffer], dependents=dependents)
     tokens = buffer.view(1, B * S, -1)
     for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         tokens = project(tokens, weight, bias, gelu=layer < len(weights) - 1)

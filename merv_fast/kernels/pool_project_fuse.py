@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from merv_fast.kernels._gemm import project, project_weighed, score_chunks
+from merv_fast.kernels._gemm import is_dependent, project, project_weighed, score_chunks
 from merv_fast.kernels._launch import Cost
 from merv_fast.kernels.pool_project import cost as pool_project_cost
 from merv_fast.kernels.pool_project import token_buffers
@@ -41,10 +41,11 @@ def launch(
     score_vectors, offsets = remembered_scoring(last, last_biases, query, bias)
     tokens = token_buffers(B, S, xs)
     pairs = list(zip(grids[::2], grids[1::2], strict=True))
+    dependents = is_dependent(B, S, weights[0].shape[0], weights[0].dtype, gelu=L > 1)
     if L == 1:
-        sums, chunks = pool(xs, pairs, out_grid, out_slots, tokens, score_vectors)
+        sums, chunks = pool(xs, pairs, out_grid, out_slots, tokens, score_vectors, dependents=dependents)
     else:
-        pool(xs, pairs, out_grid, out_slots, tokens)
+        pool(xs, pairs, out_grid, out_slots, tokens, dependents=dependents)
         chunks = [score_chunks(B, S, w.shape[0], w.dtype) for w in weights[L - 2 :: L]]
         sums = torch.empty(B, E, max(chunks), dtype=torch.float32, device=query.device)
         for e in range(E):

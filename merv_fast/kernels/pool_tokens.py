@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from merv_fast.kernels._launch import Cost, capability, unit_stride
 
@@ -50,9 +51,12 @@ def pool_kernel(
     x_ptrs, out_ptrs, a_ptrs, sums_ptr, first_programs,
     strides_xb, strides_xt, strides_xn, stride_ob, stride_os, slots, steps, out_t, channels, widths, CHUNKS,
     GRIDS: tl.constexpr, BINS: tl.constexpr, out_h: tl.constexpr, out_w: tl.constexpr,
-    E: tl.constexpr, SCORES: tl.constexpr, ADJOINT: tl.constexpr,
+    E: tl.constexpr, SCORES: tl.constexpr, ADJOINT: tl.constexpr, DEPENDENTS: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    # Once every program has come here, those of a dependent launch may take what room is left; they wait for all.
+    if DEPENDENTS:
+        gdc_launch_dependents()
     program = tl.program_id(0)
     S = out_t * out_h * out_w
     for e in tl.static_range(E):
@@ -133,10 +137,11 @@ def pool(
     outs: Sequence[Tensor],
     score_vectors: Sequence[Tensor] | None = None,
     adjoint: bool = False,
+    dependents: bool = False,
 ) -> tuple[Tensor, list[int]]:
     """Pool every ``xs[e] [B, T_e, H_e*W_e, C_e]`` into ``outs[e] [B, S, C_e or more]``, which share their strides.
 
-    Channels beyond C_e are filled with zeros.
+    Channels beyond C_e are filled with zeros. With ``dependents`` a dependent launch that follows may begin early.
 
     With ``score_vectors``, E float32 tensors [C_e], returns (sums [B, E, CHUNKS] float32, chunks): the first
     chunks[e] of row e add up to ``sum_s outs[e][:, s] . score_vectors[e]``; the rest is not written. Without
@@ -176,6 +181,7 @@ def pool(
         E=E,
         SCORES=scores,
         ADJOINT=adjoint,
+        DEPENDENTS=dependents,
         BLOCK_S=choice.block_s,
         BLOCK_C=choice.block_c,
         num_warps=choice.num_warps,

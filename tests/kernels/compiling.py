@@ -17,6 +17,9 @@ from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
+WAIT = "griddepcontrol.wait"
+EARLY = re.compile(r"\b((ld|st)(?!\.(param|shared))|atom|red|cp|bra)\b")
+
 
 def pretend(capability: int) -> list[SimpleNamespace]:
     """Make Triton compile for ``sm_<capability>`` and launch nothing; what it would launch is listed."""
@@ -30,6 +33,7 @@ def pretend(capability: int) -> list[SimpleNamespace]:
         get_current_target=lambda: target,
         get_current_device=lambda: capability,
         get_current_stream=lambda device: 0,
+        utils=SimpleNamespace(get_device_properties=lambda device: {"multiprocessor_count": 132}),
     )
     triton.runtime.driver.set_active(driver)
     launched = []
@@ -49,7 +53,11 @@ def pretend(capability: int) -> list[SimpleNamespace]:
 
 
 def describe(kernel) -> dict[str, int]:
-    """Registers a thread, bytes of stack (spills) and of shared memory, and the PTX's matrix instructions."""
+    """Registers a thread, bytes of stack (spills) and of shared memory, and the PTX's instructions of some kinds.
+
+    "waits" and "releases" are those of a dependent launch, and "early" whether it branches, or touches what another
+    kernel could have written, before it waits.
+    """
     import triton
 
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -66,6 +74,10 @@ def describe(kernel) -> dict[str, int]:
         "wgmma": ptx.count("wgmma.mma_async"),
         "mma": ptx.count("mma.sync") + ptx.count("tcgen05.mma"),
         "tma": ptx.count("cp.async.bulk.tensor"),
+        "dependent": kernel.metadata.launch_pdl,
+        "waits": ptx.count(WAIT),
+        "releases": ptx.count("griddepcontrol.launch_dependents"),
+        "early": WAIT in ptx and bool(re.search(EARLY, ptx.split(WAIT)[0])),
     }
 
 
@@ -78,7 +90,8 @@ def main(capability: int, module: str) -> None:
         launched.clear()
         case.call()
         for one in launched:
-            row = {"case": name, "kernel": one.name, "grid": one.grid, "matrix": one.name in case.matrix}
+            matrix, chained = one.name in case.matrix, case.dependent
+            row = {"case": name, "kernel": one.name, "grid": one.grid, "matrix": matrix, "chained": chained}
             print(json.dumps(row | describe(one.kernel)), flush=True)
 
 

@@ -4,6 +4,7 @@ import torch
 
 from merv_fast.kernels import _gemm
 from tests.kernels.registry import case, meta
+from tests.kernels.schedules import scheduled
 
 WIDTHS = [1024, 1024, 768, 768]
 KERNEL = ("gemm_kernel",)
@@ -25,6 +26,14 @@ def weighed(dtype, B, S, widths, N):
         [1024] * E,
         meta(E, dtype=torch.float32),
     )
+
+
+@case("gemm: weighed, persistent", torch.bfloat16, 1, 1024, WIDTHS, 4096, matrix=KERNEL)
+@case("gemm: weighed, batch of 8, persistent", torch.float16, 8, 1024, WIDTHS, 4096, matrix=KERNEL)
+@case("gemm: weighed, small, persistent", torch.bfloat16, 2, 64, [72, 72], 256, matrix=KERNEL)
+def weighed_persistent(*arguments):
+    with scheduled(persistent=True):
+        weighed(*arguments)
 
 
 @case("gemm: weighed, tf32", matrix=KERNEL)
@@ -49,3 +58,11 @@ def hidden(dtype):
     sums = meta(1, _gemm.score_chunks(1, 1024, 4096, dtype), dtype=torch.float32)
     _gemm.project(x, w, bias, True, (meta(4096, dtype=torch.float32), sums))
     _gemm.project(x, w, bias, True)
+
+
+@case("gemm: hidden layer with scores, persistent", matrix=KERNEL)
+def hidden_persistent():
+    x, w, bias = meta(1, 1024, 1024), meta(4096, 1024), meta(4096)
+    sums = meta(1, _gemm.score_chunks(1, 1024, 4096, x.dtype), dtype=torch.float32)
+    with scheduled(persistent=True):
+        _gemm.project(x, w, bias, True, (meta(4096, dtype=torch.float32), sums))

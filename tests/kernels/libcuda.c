@@ -61,7 +61,11 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
 CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** parameters, void** extra) {
   if (config->gridDimY > 65535 || config->gridDimZ > 65535 || config->sharedMemBytes > 227 << 10)
     return CUDA_ERROR_INVALID_VALUE;
-  printf("launch %u %u %u\n", config->gridDimX, config->gridDimY, config->gridDimZ);
+  int dependent = 0;
+  for (unsigned i = 0; i < config->numAttrs; ++i)
+    if (config->attrs[i].id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
+      dependent = config->attrs[i].value.programmaticStreamSerializationAllowed;
+  printf("launch %u %u %u%s\n", config->gridDimX, config->gridDimY, config->gridDimZ, dependent ? " dependent" : "");
   fflush(stdout);
   return CUDA_SUCCESS;
 }

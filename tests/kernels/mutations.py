@@ -42,7 +42,7 @@ GEMM = of(
     "test_gemm.py",
     ("row = b * S + m_tile * BLOCK_M", "row = m_tile * BLOCK_M"),
     ("height = min(rows - first, GROUP)", "height = GROUP"),
-    ("n_tile = program % (GROUP * n_tiles) // height", "n_tile = program % n_tiles"),
+    ("n_tile = tile % (GROUP * n_tiles) // height", "n_tile = tile % n_tiles"),
     ("tl.where(in_s, s, 0))[:, None]", "tl.where(in_s, s - m_tile * BLOCK_M, 0))[:, None]"),
     ("tl.where(in_n, n, 0).to(tl.int64)[:, None]", "tl.where(in_n, n, 0)[:, None]"),
     ("if (m_tile == 0) & (n_tile == 0):", "if (m_tile == 0) & (n_tile == 1):"),
@@ -59,6 +59,31 @@ GEMM = of(
     ("        (S,) * E,\n", "        (B * S,) * E,\n"),
     ("pad(x, (0, -K % ALIGNMENT))", "pad(x, (0, -K % ALIGNMENT), value=1.0)"),
     ("x.stride(0) == x.shape[1] * stride", "True"),
+    ("in tl.range(tl.program_id(0), B * m_tiles", "in tl.range(tl.program_id(0), m_tiles"),
+    ("in tl.range(tl.program_id(0),", "in tl.range(1 + tl.program_id(0),"),
+    ("tl.num_programs(0), disable_licm", "1 + tl.num_programs(0), disable_licm"),
+    ("persistent = choice.persistent and N % ALIGNMENT == 0", "persistent = choice.persistent"),
+    ("min(tiles, processors()) if persistent else tiles", "tiles"),
+)
+
+GEMM_LAUNCHES = of(
+    "kernels/_gemm.py",
+    "test_launching.py::test_launches[launches_gemm]",
+    ("min(tiles, processors()) if persistent", "processors() if persistent"),
+)
+
+DEPENDENT_GEMM = of(
+    "kernels/_gemm.py",
+    "test_compiling.py::test_compiles[launches_pool_project-90]",
+    ("    if DEPENDENT:\n        gdc_wait()\n", ""),
+    ("        launch_pdl=dependent,\n", ""),
+    ("dtype, gelu).dependent and dependent_launches()", "dtype, gelu).persistent and dependent_launches()"),
+)
+
+DEPENDENT_POOLING = of(
+    "kernels/pool_tokens.py",
+    "test_compiling.py::test_compiles[launches_pool_project-90]",
+    ("    if DEPENDENTS:\n        gdc_launch_dependents()\n", ""),
 )
 
 POOL_PROJECT = of(
@@ -66,6 +91,7 @@ POOL_PROJECT = of(
     "test_pool_project.py",
     ("gelu=layer < len(weights) - 1", "gelu=layer < len(weights)"),
     ("tokens = buffer.view(1, B * S, -1)", "tokens = buffer.flatten(0, 1).flip(0)[None]"),
+    ("x.dtype, gelu=len(weights) > 1", "x.dtype, gelu=False"),
 )
 
 POOL_TOKENS_PADDING = of(
@@ -83,6 +109,7 @@ POOL_PROJECT_FUSE = of(
     ("range(e * L, (e + 1) * L - 2)", "range(e * L, (e + 1) * L - 3)"),
     ("if versions is None or not versions.same(tensors):", "if versions is None:"),
     ("+ bias.float()", "+ 0 * bias.float()"),
+    ("weights[0].dtype, gelu=L > 1", "weights[0].dtype, gelu=False"),
     ("[q @ weight.float() for weight in weights]", "[2 * q @ weight.float() for weight in weights]"),
 )
 
@@ -99,6 +126,12 @@ LAUNCH = of(
     "kernels/_launch.py",
     "test_fuse_encoders.py",
     ("x if x.stride(-1) == 1 else x.contiguous()", "x"),
+)
+
+LAUNCH_DEPENDENT = of(
+    "kernels/_launch.py",
+    "test_pool_project_fuse.py",
+    ("return capability() >= 90", "return True"),
 )
 
 WEIGHING = of(
@@ -170,10 +203,14 @@ MUTATIONS = [
     *POOL_TOKENS,
     *POOL_TOKENS_PADDING,
     *GEMM,
+    *GEMM_LAUNCHES,
+    *DEPENDENT_GEMM,
+    *DEPENDENT_POOLING,
     *POOL_PROJECT,
     *POOL_PROJECT_FUSE,
     *POOL_PROJECT_FUSE_BACKWARD,
     *LAUNCH,
+    *LAUNCH_DEPENDENT,
     *WEIGHING,
     *FUSE_ENCODERS,
     *BLEND,

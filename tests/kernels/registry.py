@@ -13,21 +13,25 @@ __all__ = ["CASES", "Case", "case", "meta"]
 
 
 class Case(NamedTuple):
-    """A call, and the kernels of it that must run on the tensor cores: by ``wgmma`` on sm_90."""
+    """A call, the kernels of it that must run on the tensor cores, by ``wgmma`` on sm_90, and how they are launched.
+
+    ``dependent``: from sm_90 on each but the first is launched before the one in front of it has ended.
+    """
 
     call: Callable[[], None]
     matrix: tuple[str, ...]
+    dependent: bool
 
 
 CASES: dict[str, Case] = {}
 
 
-def case(name: str, *args, matrix: tuple[str, ...] = ()) -> Callable:
+def case(name: str, *args, matrix: tuple[str, ...] = (), dependent: bool = False) -> Callable:
     """Enter the decorated function, called with ``args``, under ``name``."""
 
     def enter(function: Callable[..., None]) -> Callable[..., None]:
         assert name not in CASES, name
-        CASES[name] = Case(lambda: function(*args), matrix)
+        CASES[name] = Case(lambda: function(*args), matrix, dependent)
         return function
 
     return enter

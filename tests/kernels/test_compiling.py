@@ -1,4 +1,4 @@
-"""Every kernel compiles for every GPU, without spills, within shared memory, GEMMs on the tensor cores."""
+"""Every kernel compiles for every GPU: no spills, shared memory enough, GEMMs on tensor cores, waits in place."""
 
 import json
 import os
@@ -29,3 +29,8 @@ def test_compiles(module, capability):
         assert row["shared"] <= SHARED_MEMORY[capability], row
         if row["matrix"]:
             assert row["wgmma" if capability == 90 else "mma"] > 0, row
+        # It waits where it is launched early, before all else, and only where the pooling lets it.
+        chained = row["chained"] and capability >= 90
+        assert row["dependent"] == row["waits"] == (chained and row["kernel"] == "gemm_kernel"), row
+        assert row["releases"] == (chained and row["kernel"] == "pool_kernel"), row
+        assert not row["early"], row

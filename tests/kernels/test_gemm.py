@@ -11,6 +11,7 @@ from merv_fast.kernels import _gemm
 from tests.budgets import float32_sum, low_precision
 from tests.kernels.drawing import drawn
 from tests.kernels.memory import far_apart
+from tests.kernels.schedules import scheduled
 
 # The interpreter's products of bfloat16 are wrong.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
@@ -147,3 +148,31 @@ def test_offsets_beyond_32_bits(device):
     exact = F.linear(x.double(), w.double(), bias.double())
     got = _gemm.project(x, w, bias)
     assert (got.double() - exact).abs().max() <= low_precision(F.linear(x, w, bias), exact)
+
+
+# Programs of two tiles or three, one that makes all, and more than there are tiles.
+@pytest.mark.parametrize("programs", [5, 1, 1000])
+def test_a_persistent_grid_makes_the_same_tiles(device, programs):
+    dtype, (B, S, N) = torch.float16, (2, 33, 48) if device == "cpu" else (3, 400, 4096)
+    xs, ws, biases = operands(device, dtype, B, S, [33, 16], N)
+    sums, offsets = torch.randn(B, 2, 3, device=device) * S, torch.randn(2, device=device)
+    vector, scores = torch.randn(N, device=device), torch.empty(B, _gemm.score_chunks(B, S, N, dtype), device=device)
+
+    def run():
+        found = _gemm.project_weighed(xs, ws, biases, sums, [3, 1], offsets)
+        return *found, _gemm.project(xs[0], ws[0], biases[0], True, (vector, scores)), scores.clone()
+
+    plain = run()
+    scores.fill_(float("nan"))
+    with scheduled(programs, persistent=True) as launched:
+        for one, other in zip(run(), plain, strict=True):
+            assert torch.equal(one, other)
+    assert launched == [programs] * 2
+
+
+def test_rows_that_are_not_aligned_are_not_made_in_a_persistent_grid(device):
+    (x,), (w,), (bias,) = operands(device, torch.float16, 1, 3, [16], 33)
+    with scheduled(1, persistent=True) as launched:
+        got = _gemm.project(x, w, bias)
+    assert not launched
+    assert torch.equal(got, _gemm.project(x, w, bias))

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,9 @@ from tests.kernels.test_compiling import MODULES
 
 HERE = Path(__file__).parent
 HEADERS = Path(triton.__file__).parent / "backends/nvidia/include"
+PERSISTENT = ", persistent"
+SMS = 132
+"""What the driver says of its GPU."""
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,18 @@ def test_launches(module, driver):
     command = [sys.executable, "-m", "tests.kernels.launching", "90", module]
     done = subprocess.run(command, cwd=HERE.parent.parent, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = [*done.stdout.splitlines(), ""]
-    assert len(lines) > 1
-    for name, launch in pairwise(lines):
-        assert name.startswith("launch ") or launch.startswith("launch "), f"{name} launches nothing"
+    launches: dict[str, list[str]] = {}
+    for line in done.stdout.splitlines():
+        if line.startswith("launch "):
+            launches[next(reversed(launches))].append(line)
+        else:
+            launches[line] = []
+    assert launches
+    for name, own in launches.items():
+        assert own, f"{name} launches nothing"
+        # The first waits for what is not ours.
+        chained = own[1:] if name.endswith(" (dependent)") else []
+        assert [line for line in own if line.endswith(" dependent")] == chained, name
+        if name.endswith(PERSISTENT):
+            plain, persistent = (int(one.split()[1]) for one in (launches[name.removesuffix(PERSISTENT)][0], own[0]))
+            assert persistent == min(plain, SMS), name

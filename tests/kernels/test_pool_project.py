@@ -84,3 +84,19 @@ def test_the_op_runs_the_kernel(device, kernels_serve, monkeypatch):
     case = arguments(device, torch.float32, 1, 1, (2, 2), (1, 1), 1, [8, 8])
     monkeypatch.setattr(pool_project, "launch", lambda *args: torch.full((1, 1, 8), 7.0, device=device))
     assert torch.equal(pool_project_op(*case), torch.full((1, 1, 8), 7.0, device=device))
+
+
+@pytest.mark.parametrize("widths", [[8, 16], [8, 8, 16]], ids=str)
+def test_the_pooling_lets_a_dependent_layer_begin(device, widths, monkeypatch):
+    table, told = _gemm.LAUNCHES[_gemm.capability()], []
+    monkeypatch.setitem(table, "gelu", table["gelu"]._replace(dependent=True))
+    monkeypatch.setattr(_gemm, "dependent_launches", lambda: True)
+
+    def pool(*args, dependents):
+        told.append(dependents)
+        raise InterruptedError
+
+    monkeypatch.setattr(pool_project, "pool", pool)
+    with pytest.raises(InterruptedError):
+        pool_project.launch(*arguments(device, torch.float16, 1, 1, (2, 2), (1, 1), 1, widths))
+    assert told == [len(widths) > 2]

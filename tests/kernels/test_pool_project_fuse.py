@@ -13,6 +13,7 @@ from merv_fast.modules import Tail, build_fusion, build_projector
 from merv_fast.ops import pool_project_fuse as pool_project_fuse_op
 from tests.budgets import TRAINING, low_precision, relative_error
 from tests.kernels.drawing import drawn
+from tests.kernels.schedules import scheduled
 from tests.kernels.test_gemm import DTYPES, TILE
 from tests.ops.tails import SHAPES, case, flat, tensors_of, to
 
@@ -128,6 +129,39 @@ def test_score_vectors_are_remembered_until_a_weight_changes(device, monkeypatch
     weights[1] = weights[1] + 1
     pool_project_fuse.launch(xs, weights, biases, query, bias, *how)
     assert len(made) == 7
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_persistent_and_dependent_launches_change_nothing(device, layers, monkeypatch):
+    side, width, D, repeats = (4, 40, 80, 1) if device == "cpu" else (16, 512, 4096, 50)
+    shape = 2, (4, 4), ((side, side),) * 2, (side // 2,) * 2, None, ((width,) * layers,) * 2, D
+    arguments = on(device, flat(case(shape, torch.float16)))
+    if device == "cuda":
+        # Memory that is filled puts a kernel between the pooling and the GEMM.
+        monkeypatch.undo()
+    plain = pool_project_fuse.launch(*arguments)
+    with scheduled(persistent=True, dependent=True) as launched:
+        for _ in range(repeats):
+            for one, other in zip(pool_project_fuse.launch(*arguments), plain, strict=True):
+                assert torch.equal(one, other)
+    assert launched
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_pooling_lets_a_dependent_layer_begin(device, layers, monkeypatch):
+    table, told = _gemm.LAUNCHES[_gemm.capability()], []
+    monkeypatch.setitem(table, "gelu", table["gelu"]._replace(dependent=True))
+    monkeypatch.setattr(_gemm, "dependent_launches", lambda: True)
+
+    def pool(*args, dependents):
+        told.append(dependents)
+        raise InterruptedError
+
+    monkeypatch.setattr(pool_project_fuse, "pool", pool)
+    shape = 1, (1, 1), ((2, 2),) * 2, (1, 1), None, ((8,) * layers,) * 2, 16
+    with pytest.raises(InterruptedError):
+        pool_project_fuse.launch(*on(device, flat(case(shape, torch.float16))))
+    assert told == [layers == 2]
 
 
 def tail(fusion: str = "cross_attention_avg_lq") -> Tail:

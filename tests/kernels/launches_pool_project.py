@@ -1,0 +1,34 @@
+"""pool_project and pool_project_fuse: how the pooling and the GEMMs after it depend on each other."""
+
+from itertools import pairwise
+
+from merv_fast.kernels import pool_project, pool_project_fuse
+from tests.kernels.registry import case, meta
+from tests.kernels.schedules import scheduled
+
+GRIDS = [(16, 16), (16, 16), (14, 14), (14, 14)]
+WIDTHS, D, KERNEL = [1024, 1024, 768, 768], 4096, ("gemm_kernel",)
+
+
+@case("pool_project_fuse", 1, matrix=KERNEL)
+@case("pool_project_fuse: MLP", 2, matrix=KERNEL)
+def fuse(layers):
+    xs = [meta(1, 16, H * W, C) for (H, W), C in zip(GRIDS, WIDTHS, strict=True)]
+    weights = [meta(D, D if layer else C) for C in WIDTHS for layer in range(layers)]
+    grids = [side for grid in GRIDS for side in grid]
+    pool_project_fuse.launch(xs, weights, [meta(D) for _ in weights], meta(D), meta(4), grids, (8, 8), 16)
+
+
+@case("pool_project_fuse: dependent", 1, matrix=KERNEL, dependent=True)
+@case("pool_project_fuse: MLP, dependent", 2, matrix=KERNEL, dependent=True)
+def fuse_dependent(layers):
+    with scheduled(dependent=True):
+        fuse(layers)
+
+
+@case("pool_project: persistent too", (768, D), True, matrix=KERNEL, dependent=True)
+@case("pool_project: MLP, dependent", (768, D, D), False, matrix=KERNEL, dependent=True)
+def project_dependent(widths, persistent):
+    weights = [meta(n, m) for m, n in pairwise(widths)]
+    with scheduled(dependent=True, persistent=persistent):
+        pool_project.launch(meta(1, 16, 196, 768), weights, [meta(n) for n in widths[1:]], (14, 14), (8, 8), 16)
