@@ -14,8 +14,9 @@ from merv_fast.cli.app import app, main
 from merv_fast.cli.probe import encoders_of, turns
 from merv_fast.models.sources import Sources
 from merv_fast.video import every, open_video, sample_indices
+from merv_fast.video.drawing import BACKGROUND, BRIGHT, GLYPHS, png, write
 from merv_fast.video.orientation import Orientation
-from merv_fast.video.sheet import BACKGROUND, BRIGHT, GLYPHS, Row, contact_sheet, png, write
+from merv_fast.video.sheet import Row, contact_sheet
 from tests.models.golden_run import write_run
 from tests.video.clips import write_clip
 

@@ -22,9 +22,10 @@ from merv_fast.models.sources import HUB_REPO, MODELS, Sources
 from merv_fast.video import Recipe, Video, every, open_video
 from merv_fast.video.base import DEFAULT_LIMITS
 from merv_fast.video.choice import choose_decoder, not_a_stream, read_header
+from merv_fast.video.drawing import png
 from merv_fast.video.open import clip_indices
 from merv_fast.video.orientation import Orientation
-from merv_fast.video.sheet import Row, contact_sheet, png, seen_frames
+from merv_fast.video.sheet import Row, contact_sheet, seen_frames
 from merv_fast.video.survey import survey
 
 __all__ = ["Report", "probe_video", "show_report"]

@@ -1,20 +1,29 @@
-"""How long each stage of a run takes, and its name in a profiler."""
+"""How long each stage of a run takes, and the ranges that profilers show for stages and for calls of modules."""
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-__all__ = ["StageTimer"]
+from merv_fast.spans import nvtx_ranges, span
+
+__all__ = ["CallSpans", "StageTimer", "nvtx_ranges", "span"]
+
+Name = str | Callable[[tuple[Any, ...], Mapping[str, Any]], str | None]
+"""Of a span, or what makes it of a call's arguments; None for no span."""
 
 
 class StageTimer:
     """Adds up the wall-clock time of named stages, waiting for the device at both ends of each.
 
-    Each stage is also a ``torch.profiler`` range, and an NVTX range on a CUDA device.
+    Each stage is also a `span`.
 
     Args:
         device: the device whose queued work belongs to a stage.
@@ -36,18 +45,96 @@ class StageTimer:
         """Time the block under ``name``, adding to what earlier blocks of that name took."""
         self._wait()
         started = time.perf_counter()
-        if self.device.type == "cuda":
-            torch.cuda.nvtx.range_push(name)
         try:
-            with torch.profiler.record_function(name):
-                yield
+            with span(name):
+                try:
+                    yield
+                finally:
+                    self._wait()
         finally:
-            self._wait()
-            if self.device.type == "cuda":
-                torch.cuda.nvtx.range_pop()
             took = (time.perf_counter() - started) * 1e3
             self.milliseconds[name] = self.milliseconds.get(name, 0.0) + took
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+class CallSpans:
+    """A `span` around each call of modules, by hooks that are gone after the ``with`` block.
+
+    A module that is compiled keeps its graph and shows no spans inside it. Threads do not see each other's.
+
+    Example:
+        >>> with CallSpans() as calls, torch.profiler.profile() as profile:
+        ...     layer = nn.Linear(2, 2)
+        ...     calls.around(layer, "encode/layer")
+        ...     _ = layer(torch.ones(1, 2))
+        >>> "merv/encode/layer" in {event.key for event in profile.key_averages()}
+        True
+    """
+
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+        self._local = threading.local()
+
+    def __enter__(self) -> CallSpans:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._close(0)
+
+    def around(self, module: nn.Module, name: Name) -> None:
+        """A span for each call of ``module``; spans that an exception left open inside end with it."""
+        self.between(module, module, name)
+
+    def between(self, first: nn.Module, last: nn.Module, name: Name) -> None:
+        """A span from the start of a call of ``first`` to the end of one of ``last``."""
+        mark = object()
+        self._handles += [
+            first.register_forward_pre_hook(
+                lambda _, args, kwargs: self._start(mark, name, args, kwargs), with_kwargs=True
+            ),
+            last.register_forward_hook(lambda *_: self._stop(mark), always_call=True),
+        ]
+
+    def gap(self, first: nn.Module, last: nn.Module, name: Name) -> None:
+        """A span from the end of a call of ``first``, whose arguments ``name`` gets, to the start of ``last``'s."""
+        mark = object()
+        self._handles += [
+            first.register_forward_hook(
+                lambda _, args, kwargs, out: self._start(mark, name, args, kwargs), with_kwargs=True
+            ),
+            last.register_forward_pre_hook(lambda *_: self._stop(mark)),
+        ]
+
+    def _start(self, mark: object, name: Name, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            return
+        known = name if isinstance(name, str) else name(args, kwargs)
+        if known is not None:
+            opened = span(known)
+            opened.__enter__()
+            self._open.append((mark, opened))
+
+    def _stop(self, mark: object) -> None:
+        """End the innermost span of ``mark``, if there is one, and what an exception left open inside."""
+        if torch.compiler.is_dynamo_compiling():
+            return
+        depths = [depth for depth, (other, _) in enumerate(self._open) if other is mark]
+        if depths:
+            self._close(depths[-1])
+
+    @property
+    def _open(self) -> list[tuple[object, AbstractContextManager[None]]]:
+        """This thread's spans, the innermost last."""
+        if not hasattr(self._local, "spans"):
+            self._local.spans = []
+        return self._local.spans
+
+    def _close(self, depth: int) -> None:
+        """End this thread's spans down to ``depth``."""
+        while len(self._open) > depth:
+            self._open.pop()[1].__exit__(None, None, None)
