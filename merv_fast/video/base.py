@@ -4,7 +4,7 @@ import operator
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,20 +25,29 @@ class VideoLimits:
         max_pixels: Of one frame; the default is 8192 x 8192, 201 MB as RGB.
         max_frames: Of the video; the default is over nine hours at 30 frames a second.
         max_bytes: Of the file (of each picture of a folder); the default is 64 GiB.
+        max_duration: Of the video, in seconds; the default is two days.
+        max_decode_seconds: For opening the video, and again for each reading of frames; the default is an hour.
     """
 
     max_pixels: int = 8192 * 8192
     max_frames: int = 1_000_000
     max_bytes: int = 64 * 2**30
+    max_duration: float = 2 * 24 * 3600.0
+    max_decode_seconds: float = 3600.0
 
     def __post_init__(self) -> None:
         """Refuse limits that nothing can meet."""
-        for name, value in vars(self).items():
-            if value < 1:
-                raise ValueError(f"VideoLimits: {name} must be at least 1, got {value}")
+        for name in ("max_pixels", "max_frames", "max_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"VideoLimits: {name} must be at least 1, got {getattr(self, name)}")
+        for name in ("max_duration", "max_decode_seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"VideoLimits: {name} must be positive, got {getattr(self, name)}")
 
 
 DEFAULT_LIMITS = VideoLimits()
+
+Put = Callable[[int, NDArray[np.uint8]], None]
 
 
 class Video(ABC):
@@ -52,6 +61,7 @@ class Video(ABC):
         duration: Seconds; infinite for a single picture, which looks the same at any time.
         size: (height, width) of every frame, after rotation.
         decoder: What decodes it, for people to read.
+        pinned: Whether frames on the CPU are put into page-locked memory, from which a GPU copies by itself.
     """
 
     path: str
@@ -59,16 +69,17 @@ class Video(ABC):
     duration: float
     size: tuple[int, int]
     decoder: str
+    pinned: bool = False
 
     @abstractmethod
     def __len__(self) -> int:
         """Frames that can be read, in presentation order."""
 
     @abstractmethod
-    def _read(self, wanted: list[int]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        """Yield (index, RGB frame [H, W, 3]) for each of the ascending, distinct ``wanted`` indices.
+    def _read(self, wanted: list[int], put: "Put") -> None:
+        """Call ``put`` with each of the ascending, distinct ``wanted`` indices and its RGB frame [H, W, 3].
 
-        An index may be yielded again; the last frame counts. A frame need only live until the next.
+        In any order and from any thread; an index may come again, the last frame counts. Frames are copied.
         """
 
     def frames_at(self, indices: Iterable[int]) -> Tensor:
@@ -89,11 +100,10 @@ class Video(ABC):
         position: dict[int, int] = {}
         for place, index in enumerate(wanted):
             position.setdefault(index, place)
-        frames = torch.empty((len(wanted), *self.size, 3), dtype=torch.uint8)
+        frames = empty_frames((len(wanted), *self.size, 3), self.pinned)
         target = frames.numpy()
         if wanted:
-            for index, frame in self._read(sorted(position)):
-                np.copyto(target[position[index]], frame)
+            self._read(sorted(position), lambda index, frame: np.copyto(target[position[index]], frame))
         for place, index in enumerate(wanted):
             if position[index] != place:
                 np.copyto(target[place], target[position[index]])
@@ -106,6 +116,14 @@ class Video(ABC):
         if outside is not None:
             raise ValueError(f"frames_at: indices must lie in 0..{len(self) - 1}, got {outside}")
         return wanted
+
+
+def empty_frames(shape: tuple[int, ...], pinned: bool) -> Tensor:
+    """A new uint8 tensor on the CPU."""
+    if pinned:
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+    # NumPy asks for huge pages; the first touch of ordinary ones costs more than the copy.
+    return torch.from_numpy(np.empty(shape, np.uint8))
 
 
 def check_file(path: str, limits: VideoLimits) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from merv_fast.errors import VideoError
 from merv_fast.video.base import DEFAULT_LIMITS, VideoLimits
+from merv_fast.video.boxes import check_samples
 from merv_fast.video.container import open_container, packets
 from merv_fast.video.images import PICTURES
 from merv_fast.video.picture import CONVERTIBLE, UNSPECIFIED
@@ -167,6 +168,7 @@ def has_dali() -> bool:
 
 def read_header(path: str, limits: VideoLimits) -> Header:
     """What ``path`` says of its pictures; VideoError if it is not a video."""
+    check_samples(path, limits)
     with open_container(path, limits) as (container, stream):
         context = stream.codec_context
         pixel_format = context.pix_fmt

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from merv_fast.errors import VideoError
 from merv_fast.video.base import VideoLimits
+from merv_fast.video.progress import tick
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -32,18 +33,24 @@ PLAYLISTS = (
     (rb"(?s).*<MPD", "a DASH manifest"),
 )
 
+KEPT_ERRORS = 100
+"""Of one file, which may have as many as packets."""
+
 
 @contextmanager
 def open_container(path: str, limits: VideoLimits) -> "Iterator[tuple[InputContainer, VideoStream]]":
     """The demuxer of ``path`` and its video stream, checked against ``limits.max_pixels``."""
     import av
+    from av.stream import Discard
 
     # FFmpeg passes these on to every file that it would open: others are refused below the demuxer.
     guard = {"max_pixels": str(pixel_guard(limits))}
     options = {"format_whitelist": FORMATS, "protocol_whitelist": "file", **guard}
     try:
         # The prefix keeps a file named "concat:a" from being read as a protocol.
-        container = av.open(f"file:{path}", options=options, metadata_errors="replace")
+        container = av.open(
+            f"file:{path}", options=options, metadata_errors="replace", timeout=limits.max_decode_seconds
+        )
     except av.FFmpegError as error:
         raise VideoError(path, refusal(path, error)) from error
     with container:
@@ -51,6 +58,9 @@ def open_container(path: str, limits: VideoLimits) -> "Iterator[tuple[InputConta
         if stream.width * stream.height > limits.max_pixels:
             raise VideoError(path, over_limit(limits, stream.width, stream.height))
         stream.codec_context.options = guard
+        for other in container.streams:
+            if other is not stream:
+                other.discard = Discard.all
         yield container, stream
 
 
@@ -94,16 +104,25 @@ def video_stream(path: str, container: "InputContainer") -> "VideoStream":
 def packets(
     container: "InputContainer", stream: "VideoStream", errors: list[Exception]
 ) -> "Iterator[Packet[VideoStream]]":
-    """The stream's packets that hold data; an error of the demuxer ends them and is put into ``errors``."""
+    """The stream's packets that hold data; an error of the demuxer ends them and is put into ``errors``.
+
+    Each one is a `tick`.
+    """
     import av
 
     try:
         for packet in container.demux(stream):
             # An empty packet would tell the decoder that the stream is over.
             if packet.size:
+                tick()
                 yield packet
     except av.FFmpegError as error:
-        errors.append(error)
+        # Also where it was the time that ended them.
+        tick()
+        note(error, errors)
+    except IndexError:
+        # At the end, PyAV 18 stumbles over streams that showed up after the file was opened.
+        pass
 
 
 def decode(stream: "VideoStream", packet: "Packet[VideoStream] | None", errors: list[Exception]) -> "list[VideoFrame]":
@@ -113,8 +132,14 @@ def decode(stream: "VideoStream", packet: "Packet[VideoStream] | None", errors: 
     try:
         return stream.decode(packet)
     except av.FFmpegError as error:
-        errors.append(error)
+        note(error, errors)
         return []
+
+
+def note(error: Exception, errors: list[Exception]) -> None:
+    """Keep one of the first errors, without its traceback, from which the packet that did not decode hangs."""
+    if len(errors) < KEPT_ERRORS:
+        errors.append(error.with_traceback(None))
 
 
 def decode_all(container: "InputContainer", stream: "VideoStream", errors: list[Exception]) -> "Iterator[VideoFrame]":

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from merv_fast.errors import VideoError
-from merv_fast.video.base import Video
+from merv_fast.video.base import Put, Video
 from merv_fast.video.orientation import Orientation
 from merv_fast.video.survey import Survey
 
@@ -52,8 +52,9 @@ class DaliVideo(Video):
         """
         return decode_together([self], [indices])[0]
 
-    def _read(self, wanted: list[int]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        yield from zip(wanted, self.frames_at(wanted).cpu().numpy(), strict=True)
+    def _read(self, wanted: list[int], put: Put) -> None:
+        for index, frame in zip(wanted, self.frames_at(wanted).cpu().numpy(), strict=True):
+            put(index, frame)
 
 
 def decode_together(videos: Sequence[DaliVideo], indices: Sequence[Iterable[int]]) -> list[Tensor]:

@@ -1,8 +1,8 @@
 """A picture as a video of one repeated frame, and a folder of pictures as a video."""
 
 import math
+import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from merv_fast.errors import VideoError
-from merv_fast.video.base import Video, VideoLimits, check_file
+from merv_fast.video.base import Put, Video, VideoLimits, check_file
 from merv_fast.video.container import over_limit, pixel_guard
 from merv_fast.video.orientation import Orientation
 from merv_fast.video.picture import to_rgb
+from merv_fast.video.progress import tick, time_limit
 
 if TYPE_CHECKING:
     from av.video.codeccontext import VideoCodecContext
@@ -37,8 +38,8 @@ class PictureVideo(Video):
     def __len__(self) -> int:
         return 1
 
-    def _read(self, wanted: list[int]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        yield 0, read_picture(self.path, self._limits)[0]
+    def _read(self, wanted: list[int], put: Put) -> None:
+        put(0, read_picture(self.path, self._limits)[0])
 
 
 class FolderVideo(Video):
@@ -74,13 +75,15 @@ class FolderVideo(Video):
     def __len__(self) -> int:
         return len(self._names)
 
-    def _read(self, wanted: list[int]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        for index in wanted:
-            path = str(Path(self.path, self._names[index]))
-            pixels, _ = read_picture(path, self._limits)
-            if pixels.shape[:2] != self.size:
-                raise VideoError(path, f"has height and width {pixels.shape[:2]}, the first picture {self.size}")
-            yield index, pixels
+    def _read(self, wanted: list[int], put: Put) -> None:
+        with time_limit(self.path, self._limits.max_decode_seconds):
+            for index in wanted:
+                tick()
+                path = str(Path(self.path, self._names[index]))
+                pixels, _ = read_picture(path, self._limits)
+                if pixels.shape[:2] != self.size:
+                    raise VideoError(path, f"has height and width {pixels.shape[:2]}, the first picture {self.size}")
+                put(index, pixels)
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:
@@ -99,6 +102,10 @@ def read_picture(path: str, limits: VideoLimits) -> tuple[NDArray[np.uint8], str
     from av.video.reformatter import VideoReformatter
 
     check_file(path, limits)
+    size = os.path.getsize(path)
+    if size > PIXEL_BYTES * limits.max_pixels + DESCRIPTION_BYTES:
+        what = f"a picture of {limits.max_pixels} pixels (VideoLimits.max_pixels)"
+        raise VideoError(path, f"has {size} bytes, more than {what} takes")
     data = Path(path).read_bytes()
     codec = next((codec for magic, codec in SIGNATURES.items() if data.startswith(magic)), None)
     if codec is None:
@@ -109,13 +116,30 @@ def read_picture(path: str, limits: VideoLimits) -> tuple[NDArray[np.uint8], str
     decoder = cast("VideoCodecContext", av.CodecContext.create(codec, "r"))
     decoder.options = {"max_pixels": str(pixel_guard(limits))}
     try:
-        frames = decoder.decode(av.Packet(data)) + decoder.decode(None)
+        frames = decoder.decode(av.Packet(without_inflated(data))) + decoder.decode(None)
     except av.FFmpegError as error:
         raise VideoError(path, f"cannot be decoded (FFmpeg: {error.strerror})") from error
     if not frames:
         raise VideoError(path, "holds no frame that can be decoded")
+    # FFmpeg's guard leaves room, and may have found another header.
+    if frames[0].width * frames[0].height > limits.max_pixels:
+        raise VideoError(path, over_limit(limits, frames[0].width, frames[0].height))
     pixels = to_rgb(frames[0], VideoReformatter(), (frames[0].height, frames[0].width))
     return Orientation.of_exif(data).apply(pixels), codec
+
+
+def without_inflated(data: bytes) -> bytes:
+    """A PNG file without the chunks that FFmpeg would inflate, however large they become; others as they are."""
+    if not data.startswith(b"\x89PNG") or not any(name in data for name in INFLATED):
+        return data
+    kept, place = [data[:8]], 8
+    while place < len(data):
+        tick()
+        chunk = data[place : place + 12 + int.from_bytes(data[place : place + 4])]
+        if chunk[4:8] not in INFLATED:
+            kept.append(chunk)
+        place += len(chunk)
+    return b"".join(kept)
 
 
 def jpeg_size(data: bytes) -> tuple[int, int]:
@@ -134,6 +158,14 @@ def png_size(data: bytes) -> tuple[int, int]:
     """(width, height) that the header of a PNG file states."""
     return int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
 
+
+PIXEL_BYTES = 8
+"""16 bits in four channels."""
+
+DESCRIPTION_BYTES = 2**24
+"""Texts, colour profiles and previews."""
+
+INFLATED = (b"zTXt", b"iTXt", b"iCCP")
 
 # Start of frame; C4, C8 and CC are other segments.
 FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}

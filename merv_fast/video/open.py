@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from merv_fast.errors import VideoError
+from merv_fast.spans import span
 from merv_fast.video.base import DEFAULT_LIMITS, Video, VideoLimits, check_file
-from merv_fast.video.choice import choose_decoder
+from merv_fast.video.choice import check_device, choose_decoder
 from merv_fast.video.dali import DaliVideo
 from merv_fast.video.images import PICTURES, FolderVideo, PictureVideo
 from merv_fast.video.pyav import PyAVVideo
@@ -40,7 +41,8 @@ def open_video(
         strict: Raise, rather than log a warning, if frames are missing.
         decoder: "pyav", "dali", or "auto": DALI for what it decodes on a GPU, PyAV for the rest, as
             `merv_fast.video.choice.choose_decoder` has it.
-        device: Where frames are wanted. DALI decodes there; PyAV's frames are on the CPU in any case. None is the CPU.
+        device: Where frames are wanted. DALI decodes there; PyAV's frames are on the CPU in any case, in page-locked
+            memory if they are wanted on a GPU. None is the CPU.
 
     Returns:
         A `Video`: ``len``, ``fps``, ``size``, ``duration``, ``decoder`` and ``frames_at``.
@@ -68,13 +70,17 @@ def open_video(
             raise ValueError(f"open_video: fps must be None unless path is a folder of frames, got {fps}")
         check_file(path, limits)
     choice = choose_decoder(path, decoder, device, limits)
+    video: Video
     if os.path.isdir(path):
-        return FolderVideo(path, FOLDER_FPS if fps is None else fps, limits)
-    if Path(path).suffix.lower() in PICTURES:
-        return PictureVideo(path, limits)
-    if choice.survey is not None:
+        video = FolderVideo(path, FOLDER_FPS if fps is None else fps, limits)
+    elif Path(path).suffix.lower() in PICTURES:
+        video = PictureVideo(path, limits)
+    elif choice.survey is not None:
         return DaliVideo(path, choice.survey, choice.device)
-    return PyAVVideo(path, limits, strict)
+    else:
+        video = PyAVVideo(path, limits, strict)
+    video.pinned = check_device(device).type == "cuda"
+    return video
 
 
 def load_frames(
@@ -106,7 +112,8 @@ def load_frames(
         limits: As in `open_video`.
         strict: As in `open_video`.
         decoder: As in `open_video`.
-        device: Where the frames come to lie, whatever decodes them; None is the CPU.
+        device: Where the frames come to lie, whatever decodes them; None is the CPU. To a GPU they are copied by its
+            current stream, which the caller need not wait for.
 
     Returns:
         uint8 [count, H, W, 3], RGB, on ``device``.
@@ -120,7 +127,10 @@ def load_frames(
         raise ValueError(f"load_frames: count must be at least 1, got {count}")
     video = open_video(path, fps=fps, limits=limits, strict=strict, decoder=decoder, device=device)
     frames = video.frames_at(clip_indices(video, count, clip_start_sec, clip_end_sec, end_frame))
-    return frames if device is None else frames.to(device)
+    if device is None:
+        return frames
+    with span("copy"):
+        return frames.to(device, non_blocking=video.pinned)
 
 
 def clip_indices(

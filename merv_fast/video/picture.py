@@ -1,6 +1,6 @@
 """From a decoded FFmpeg frame to RGB pixels."""
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +26,9 @@ def to_rgb(frame: "VideoFrame", reformatter: "VideoReformatter", size: tuple[int
     if frame.colorspace not in CONVERTIBLE:
         frame.colorspace = UNSPECIFIED
     height, width = size
-    rgb = reformatter.reformat(frame, width=width, height=height, format="rgb24")
-    return cast("NDArray[np.uint8]", rgb.to_ndarray())
+    (plane,) = reformatter.reformat(frame, width=width, height=height, format="rgb24").planes
+    # Where it lies: to_ndarray would copy it.
+    return np.ndarray((height, width, 3), np.uint8, memoryview(plane), strides=(plane.line_size, 3, 1))
 
 
 def blacken_transparent(frame: "VideoFrame", rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:

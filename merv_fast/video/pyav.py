@@ -3,19 +3,23 @@
 import logging
 import os
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from merv_fast.errors import VideoError
-from merv_fast.video.base import Video, VideoLimits
+from merv_fast.video.base import Put, Video, VideoLimits
 from merv_fast.video.container import decode_all, open_container
+from merv_fast.video.lanes import Lanes, choose_lanes, drain
 from merv_fast.video.picture import blacken_transparent, to_rgb
-from merv_fast.video.progress import tick
-from merv_fast.video.seeking import Mismatch, decode_runs
+from merv_fast.video.progress import time_limit
+from merv_fast.video.seeking import Mismatch, PacketIndex, decode_runs
 from merv_fast.video.survey import survey
 
 if TYPE_CHECKING:
@@ -31,8 +35,8 @@ logger = logging.getLogger("merv_fast")
 class PyAVVideo(Video):
     """A video file, decoded from its start up to the last frame asked for, or only around the frames asked for.
 
-    Which of the two is decided by the frames to decode, from the packets' index (`merv_fast.video.seeking`); frames
-    are the same either way.
+    Which of the two, and whether several decoders work side by side, is decided by the frames to decode, from the
+    packets' index (`merv_fast.video.seeking`, `merv_fast.video.lanes`); frames are the same either way.
 
     The container's own frame count is not believed: `merv_fast.video.survey` counts. A frame that
     nevertheless turns out not to decode is replaced by the nearest one before it (at the start, after it). In
@@ -62,31 +66,48 @@ class PyAVVideo(Video):
         if missing:
             logger.warning("%s: truncated or damaged, %d of %d frames are missing", self.path, missing, total)
 
-    def _read(self, wanted: list[int]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        from av.video.reformatter import VideoReformatter
+    def _read(self, wanted: list[int], put: Put) -> None:
+        with time_limit(self.path, self._limits.max_decode_seconds):
+            index = self._index
+            lanes = choose_lanes(index, wanted, self._threads, self._survey.coded_size) if index else None
+            if index and lanes and lanes.skips(index):
+                try:
+                    return self._decode_parts(index, lanes, put)
+                except Mismatch as mismatch:
+                    logger.warning("%s: decoding from its start, for %s", self.path, mismatch)
+                    self._index = None
+            convert = self._converter()
+            missing = 0
+            for number, frame, exact in self._decode_all(wanted):
+                missing += not exact
+                put(number, convert(frame))
+            self._report(missing, len(wanted))
 
-        reformatter = VideoReformatter()
-        missing = 0
-        for index, frame, exact in self._pick(wanted):
-            missing += not exact
-            pixels = to_rgb(frame, reformatter, self._survey.coded_size)
-            if self._survey.codec == "gif":
-                pixels = blacken_transparent(frame, pixels)
-            yield index, self._survey.orientation.apply(pixels)
-        self._report(missing, len(wanted))
+    def _decode_parts(self, index: PacketIndex, lanes: Lanes, put: Put) -> None:
+        """Decode the runs of ``lanes``; raise Mismatch if the index does not hold."""
+        stretches = deque(lanes.runs)
 
-    def _pick(self, wanted: list[int]) -> "Iterator[tuple[int, VideoFrame, bool]]":
-        """Each wanted index with its frame and whether it is that one; it may come again with a better frame."""
-        runs = self._index.runs(wanted) if self._index else []
-        if self._index and (len(runs) > 1 or runs[0].start):
+        def decode_some() -> None:
+            convert = self._converter()
             try:
-                with self._open(self._threads) as (container, stream):
-                    for number, picture in decode_runs(container, stream, self._index, runs):
-                        yield number, picture, True
-                return
-            except Mismatch as mismatch:
-                logger.warning("%s: decoding from its start, for %s", self.path, mismatch)
-                self._index = None
+                with self._open(lanes.threads) as (container, stream):
+                    for number, frame in decode_runs(container, stream, index, drain(stretches)):
+                        put(number, convert(frame))
+            finally:
+                # At the end they are used up; after an error the others need not go on.
+                stretches.clear()
+
+        if lanes.count == 1:
+            return decode_some()
+        with ThreadPoolExecutor(lanes.count, "merv_fast decoder") as pool:
+            try:
+                for future in [pool.submit(copy_context().run, decode_some) for _ in range(lanes.count)]:
+                    future.result()
+            finally:
+                stretches.clear()
+
+    def _decode_all(self, wanted: list[int]) -> "Iterator[tuple[int, VideoFrame, bool]]":
+        """Each wanted index with its frame and whether it is that one; it may come again with a better frame."""
         if self._threads > 1:
             errors: list[Exception] = []
             for index, frame, exact in self._decode(wanted, self._threads, errors):
@@ -105,7 +126,6 @@ class PyAVVideo(Video):
         with self._open(threads) as (container, stream):
             place, current, previous = 0, -1, None
             for frame in decode_all(container, stream, errors):
-                tick()
                 current = self._number(frame, current + 1)
                 while wanted[place] <= current:
                     exact = wanted[place] == current
@@ -118,6 +138,20 @@ class PyAVVideo(Video):
                 raise VideoError(self.path, "holds no frame that can be decoded")
             for index in wanted[place:]:
                 yield index, previous, False
+
+    def _converter(self) -> "Callable[[VideoFrame], NDArray[np.uint8]]":
+        """From frames, one after another, to upright RGB pixels."""
+        from av.video.reformatter import VideoReformatter
+
+        reformatter = VideoReformatter()
+
+        def convert(frame: "VideoFrame") -> NDArray[np.uint8]:
+            pixels = to_rgb(frame, reformatter, self._survey.coded_size)
+            if self._survey.codec == "gif":
+                pixels = blacken_transparent(frame, pixels)
+            return self._survey.orientation.apply(pixels)
+
+        return convert
 
     @contextmanager
     def _open(self, threads: int) -> "Iterator[tuple[InputContainer, VideoStream]]":

@@ -1,7 +1,7 @@
 """Decode only the parts of a video that hold the frames asked for: where to start, what to skip, how to be sure."""
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from merv_fast.video.container import decode, packets
-from merv_fast.video.progress import tick
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -22,11 +21,15 @@ __all__ = ["Mismatch", "PacketIndex", "PacketLog", "Run", "decode_runs"]
 RESTART = 8
 """What a new start costs, in decoded frames: to run the decoder dry, to flush it and to fill its threads again."""
 
+STRETCH = 32
+"""Packets that a run holds at least if it is made for another decoder."""
+
 READ_THROUGH = 64
 """Packets that are read and dropped sooner than sought over."""
 
 START = b"\0\0\1"
 PICTURE_DATA = {"h264": range(1, 6), "hevc": range(32)}
+UNREFERENCED = range(0, 15, 2)
 
 NO_TIME = np.iinfo(np.int64).min
 
@@ -60,6 +63,7 @@ class PacketIndex:
         sizes: [packets] bytes.
         times: [frames] ascending presentation times.
         positions: [frames] of the packet of each.
+        droppable: [packets] whether no other picture is decoded from this one.
         entries: ascending positions of packets from which every frame shown no earlier decodes exactly; their
             presentation times ascend too. The first packet is always one.
     """
@@ -68,12 +72,14 @@ class PacketIndex:
     sizes: NDArray[np.int64]
     times: NDArray[np.int64]
     positions: NDArray[np.int64]
+    droppable: NDArray[np.bool_]
     entries: NDArray[np.int64]
 
-    def runs(self, wanted: list[int]) -> list[Run]:
+    def runs(self, wanted: list[int], apart: bool = False) -> list[Run]:
         """The cheapest stretches to decode for the ascending ``wanted`` frames.
 
-        One ends where going on would decode more than `RESTART` frames before the next frame's entry.
+        One ends where going on would decode more than `RESTART` frames before the next frame's entry; with ``apart``,
+        for several decoders, at every entry once it is `STRETCH` packets long.
         """
         times = self.pts[self.entries]
         # From the start of the file everything decodes, whatever the first packet's time.
@@ -85,11 +91,17 @@ class PacketIndex:
             entry = bisect_right(times, self.times[frame]) - 1
             while self.entries[entry] > position:
                 entry -= 1
-            if self.entries[entry] - stop - 1 > RESTART:
-                runs.append((int(self.entries[entry]), position, [frame]))
+            begin = int(self.entries[entry])
+            if begin - stop - 1 > RESTART or (apart and begin - start >= STRETCH):
+                runs.append((begin, position, [frame]))
             else:
                 runs[-1] = (start, max(stop, position), [*frames, frame])
         return [Run(start, stop, frozenset(frames)) for start, stop, frames in runs if frames]
+
+    def cost(self, run: Run) -> int:
+        """Frames that are decoded for a run."""
+        stretch = slice(run.start, run.stop + 1)
+        return run.stop + 1 - run.start - int(np.count_nonzero(self.droppable[stretch]))
 
     def frame_at(self, time: int | None) -> int:
         """The number of the frame shown at ``time``; raises `Mismatch` if there is none."""
@@ -110,6 +122,8 @@ class PacketLog:
     shown: list[int] = field(default_factory=list)
     discarded: list[int] = field(default_factory=list)
     entries: list[int] = field(default_factory=list)
+    layers: list[int] = field(default_factory=list)
+    referenced: list[bool] = field(default_factory=list)
     in_band: frozenset[int] = frozenset()
     reconfigured: bool = False
 
@@ -123,6 +137,9 @@ class PacketLog:
             self.shown.append(position)
         elif packet.is_discard:
             self.discarded.append(time)
+        layer, referenced = layer_of(packet, self.codec, self.extradata)
+        self.layers.append(layer)
+        self.referenced.append(referenced)
         if not position:
             self.in_band = parameter_sets(packet, self.codec, self.extradata)
         else:
@@ -159,27 +176,37 @@ class PacketLog:
         ascending = bool((np.diff(pts[entries[1:]]) > 0).all())
         if self.reconfigured or inside or not ascending or times[0] == NO_TIME or not np.diff(times).all():
             return None
-        return PacketIndex(pts, np.array(self.sizes, np.int64), times, positions, entries)
+        # A picture that its own temporal layer does without may still be of use to a higher one.
+        droppable = ~np.array(self.referenced, np.bool_) & (np.array(self.layers) == max(self.layers))
+        return PacketIndex(pts, np.array(self.sizes, np.int64), times, positions, droppable, entries)
 
 
 def decode_runs(
-    container: "InputContainer", stream: "VideoStream", index: PacketIndex, runs: list[Run]
+    container: "InputContainer", stream: "VideoStream", index: PacketIndex, runs: Iterable[Run]
 ) -> "Iterator[tuple[int, VideoFrame]]":
-    """Each wanted frame of ``runs`` with its number, in presentation order.
+    """Each wanted frame of ``runs``, whose starts ascend, with its number; in presentation order within a run.
 
-    Every packet is compared with the index before it is decoded, and every frame is known by its time.
+    Pictures that are not wanted and from which no other is decoded are left out. Every packet is compared with the
+    index before it is decoded, and every frame is known by its time.
 
     Raises:
         Mismatch: A packet or frame is not the one announced, or does not decode. What was yielded before holds.
     """
     errors: list[Exception] = []
     reader = PacketReader(container, stream, index, errors)
-    fields = stream.codec_context.codec.canonical_name in FIELD_CODED
+    codec = stream.codec_context.codec.canonical_name
+    fields = codec in FIELD_CODED
+    if codec == "vp9":
+        # With several frames at once, FFmpeg's decoder (8.1) crashes at a damaged packet that follows a flush.
+        stream.thread_type = "SLICE"
     for run in runs:
         reader.go_to(run.start)
         left = set(run.wanted)
         first = run.start > 0
-        for frame in reader.decode(run.stop + fields):
+        kept = {int(index.positions[number]) for number in run.wanted} | {run.start}
+        if fields:
+            kept |= {position + 1 for position in kept}
+        for frame in reader.decode(run.stop + fields, kept):
             if errors:
                 raise Mismatch(f"decoding failed: {errors[0]}")
             number = index.frame_at(frame.pts)
@@ -209,16 +236,21 @@ class PacketReader:
         self._held: Packet[VideoStream] | None = None
 
     def go_to(self, position: int) -> None:
-        """Make the packet at ``position``, which lies ahead and has a time, the next one."""
-        if position - self._next > READ_THROUGH:
+        """Make the packet at ``position``, an entry, the next one."""
+        if not 0 <= position - self._next <= READ_THROUGH:
             self._seek(position)
         while self._next < position:
             self._take()
 
-    def decode(self, stop: int) -> "Iterator[VideoFrame]":
-        """All that the packets up to ``stop`` bring out of the decoder, which is then at its end."""
+    def decode(self, stop: int, kept: Container[int]) -> "Iterator[VideoFrame]":
+        """All that the packets up to ``stop`` bring out of the decoder, which is then at its end.
+
+        Of the droppable ones only those ``kept`` go into it.
+        """
         while self._next <= min(stop, len(self._index.pts) - 1):
-            yield from decode(self._stream, self._take(), self._errors)
+            position, packet = self._next, self._take()
+            if position in kept or not self._index.droppable[position]:
+                yield from decode(self._stream, packet, self._errors)
         yield from decode(self._stream, None, self._errors)
 
     def _take(self) -> "Packet[VideoStream]":
@@ -227,7 +259,6 @@ class PacketReader:
         if packet is None or (time_of(packet), packet.size) != self._announced(self._next):
             raise Mismatch(f"packet {self._next} is not the one that was there before")
         self._next += 1
-        tick()
         return packet
 
     def _seek(self, position: int) -> None:
@@ -244,7 +275,6 @@ class PacketReader:
                 raise Mismatch(f"seeking failed: {error}") from error
             self._source = packets(self._container, self._stream, self._errors)
             for packet in self._source:
-                tick()
                 if time_of(packet) == target:
                     self._held, self._next = packet, position
                     return
@@ -261,11 +291,12 @@ def time_of(packet: "Packet[VideoStream]") -> int:
     return int(NO_TIME) if packet.pts is None else packet.pts
 
 
-def leading_units(packet: "Packet[VideoStream]", codec: str, extradata: bytes | None) -> Iterator[bytes]:
-    """The H.264 or HEVC units of a packet up to the first that holds picture data, which comes last."""
+def units_of(packet: "Packet[VideoStream]", codec: str, extradata: bytes | None) -> Iterator[bytes]:
+    """The H.264 or HEVC units of a packet."""
     data = bytes(packet)
     # After a configuration record, which starts with its version 1, units have length prefixes; else start codes.
-    length = (extradata[4 if codec == "h264" else 21] & 3) + 1 if extradata and extradata[0] == 1 else 0
+    record = (extradata or b"").ljust(22, b"\0")
+    length = (record[4 if codec == "h264" else 21] & 3) + 1 if record[0] == 1 else 0
     place = 0 if length else data.find(START)
     while 0 <= place < len(data):
         begin = place + (length or len(START))
@@ -274,8 +305,28 @@ def leading_units(packet: "Packet[VideoStream]", codec: str, extradata: bytes | 
         if not unit:
             return
         yield unit
+
+
+def leading_units(packet: "Packet[VideoStream]", codec: str, extradata: bytes | None) -> Iterator[bytes]:
+    """The units of a packet up to the first that holds picture data, which comes last."""
+    for unit in units_of(packet, codec, extradata):
+        yield unit
         if unit_kind(unit, codec) in PICTURE_DATA[codec]:
             return
+
+
+def layer_of(packet: "Packet[VideoStream]", codec: str, extradata: bytes | None) -> tuple[int, bool]:
+    """The temporal layer of a packet's picture, and whether others of that layer may be decoded from it.
+
+    By ``nal_ref_idc`` of H.264; in HEVC by the kinds of units that are sub-layer non-reference pictures.
+    """
+    if codec not in PICTURE_DATA:
+        return 0, True
+    pictures = [unit for unit in units_of(packet, codec, extradata) if unit_kind(unit, codec) in PICTURE_DATA[codec]]
+    if codec == "h264":
+        return 0, not pictures or any(unit[0] & 0x60 for unit in pictures)
+    layer = max((unit[1] & 7 for unit in pictures if len(unit) > 1), default=0)
+    return layer, not pictures or any(unit_kind(unit, codec) not in UNREFERENCED for unit in pictures)
 
 
 def unit_kind(unit: bytes, codec: str) -> int:
@@ -299,7 +350,8 @@ def promises_recovery(unit: bytes) -> bool:
     """
     if unit_kind(unit, "h264") != 6:
         return False
-    data = unit[1:].replace(b"\0\0\3", b"\0\0")
+    # The zero ends a run of 255 that goes on to the end.
+    data = unit[1:].replace(b"\0\0\3", b"\0\0") + b"\0"
     place = 0
     while place + 2 < len(data):
         kind = size = 0

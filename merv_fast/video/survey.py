@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from merv_fast.errors import VideoError
 from merv_fast.video.base import VideoLimits
+from merv_fast.video.boxes import check_samples
 from merv_fast.video.container import decode, decode_all, open_container, over_limit, packets
 from merv_fast.video.orientation import Orientation
-from merv_fast.video.progress import tick
+from merv_fast.video.progress import time_limit
 from merv_fast.video.seeking import PacketIndex, PacketLog
 
 if TYPE_CHECKING:
@@ -59,32 +60,45 @@ def survey(path: str, limits: VideoLimits) -> Survey:
     A packet counts as a frame. If anything speaks against that (an error, a packet cut short, a container that
     promises more, frames before the first keyframe), the file is decoded once to see what comes out.
     """
+    with time_limit(path, limits.max_decode_seconds):
+        found = look_through(path, limits)
+    if found.duration > limits.max_duration:
+        limit = f"{limits.max_duration:g} s (VideoLimits.max_duration)"
+        raise VideoError(path, f"lasts {found.duration:.1f} s, the limit is {limit}")
+    return found
+
+
+def look_through(path: str, limits: VideoLimits) -> Survey:
+    """The survey, whatever it takes."""
     errors: list[Exception] = []
     times: list[int | None] = []
     first = None
     hidden, discarded, doubtful = 0, 0, False
+    check_samples(path, limits)
     with open_container(path, limits) as (container, stream):
         # One thread returns the first frame without delay.
         stream.thread_type = "NONE"
         codec = stream.codec_context.name
         log = PacketLog(stream.codec_context.codec.canonical_name, stream.codec_context.extradata)
         for packet in packets(container, stream, errors):
-            tick()
             if first is None:
                 first = next(iter(decode(stream, packet, errors)), None)
             doubtful |= packet.is_corrupt or not (log.pts or packet.is_keyframe)
             shown = is_shown(packet, codec)
             log.add(packet, shown)
-            if not shown:
+            if shown:
+                times.append(packet.pts)
+            else:
                 hidden += 1
                 discarded += packet.is_discard
-                continue
-            times.append(packet.pts)
-            if len(times) > limits.max_frames:
-                raise VideoError(path, f"holds more than {limits.max_frames} frames (VideoLimits.max_frames)")
+            if max(len(times), hidden) > limits.max_frames:
+                raise VideoError(path, too_many(limits))
         first = first or next(iter(decode(stream, None, errors)), None)
         if first is None or not times:
             raise VideoError(path, nothing_decodes(stream, errors, limits))
+        # FFmpeg's guard leaves room, and a container may have stated another size.
+        if first.width * first.height > limits.max_pixels:
+            raise VideoError(path, over_limit(limits, first.width, first.height))
         known = [time for time in times if time is not None]
         # Where a container stores no presentation times (AVI), FFmpeg fills in decoding times.
         guessed = bool(stream.codec_context.has_b_frames) and known == sorted(known)
@@ -118,6 +132,11 @@ def is_shown(packet: "Packet[VideoStream]", codec: str) -> bool:
     return not packet.is_discard and (codec != "vp8" or bool(memoryview(packet)[0] & 0x10))
 
 
+def too_many(limits: VideoLimits) -> str:
+    """The reason for too long a video."""
+    return f"holds more than {limits.max_frames} frames (VideoLimits.max_frames)"
+
+
 def nothing_decodes(stream: "VideoStream", errors: list[Exception], limits: VideoLimits) -> str:
     """Why the first frame did not come."""
     from av.error import ArgumentError
@@ -137,8 +156,10 @@ def decodable(path: str, limits: VideoLimits) -> tuple[list[int], int]:
         # With several threads PyAV loses the frames in flight when one of them fails.
         stream.thread_type = "NONE"
         for frame in decode_all(container, stream, []):
-            tick()
             frames += 1
+            # A packet may bring more than one.
+            if frames > limits.max_frames:
+                raise VideoError(path, too_many(limits))
             if frame.pts is not None:
                 times.append(frame.pts)
     return times, frames
@@ -169,7 +190,7 @@ def promised_by_duration(stream: "VideoStream", times: list[int], fps: float) ->
 
     Time missing at the end counts only where it is longer than any gap between two frames.
     """
-    stated = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+    stated = re.fullmatch(r"(\d{1,9}):(\d\d):(\d\d(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
     if not stated or not times or stream.time_base is None:
         return 0
     hours, minutes, seconds = map(float, stated.groups())

@@ -12,7 +12,7 @@ from merv_fast.video.base import DEFAULT_LIMITS
 from merv_fast.video.choice import PROFILES, Choice, Header, choose_decoder, codec_obstacle, read_header
 from merv_fast.video.dali import DaliVideo
 from merv_fast.video.pyav import PyAVVideo
-from tests.video.clips import write_clip
+from tests.video.clips import indices_of, write_clip
 
 H264 = Header("h264", "High", "yuv420p", (480, 640), 2, False, 1)
 GPU = torch.device("cuda:0")
@@ -245,3 +245,28 @@ def test_says_what_is_wrong(clip, monkeypatch):
             ValueError, match=f"device must be cpu or one of the 0 GPUs that PyTorch sees, got {device}"
         ):
             load_frames(clip, 2, device=device)
+
+
+def test_frames_for_a_gpu_are_put_into_page_locked_memory(tmp_path, monkeypatch):
+    path = write_clip(tmp_path / "clip.mp4", count=3)
+    asked = []
+    empty = torch.empty
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(merv_fast.video.choice, "has_dali", lambda: False)
+    monkeypatch.setattr(
+        torch, "empty", lambda *shape, pin_memory=False, **kwargs: asked.append(pin_memory) or empty(*shape, **kwargs)
+    )
+    assert not open_video(path, device="cpu").pinned
+    video = open_video(path, device="cuda:0")
+    assert video.pinned
+    assert indices_of(video.frames_at([2, 0])) == [2, 0]
+    assert asked == [True]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_frames_of_the_cpu_on_a_gpu(tmp_path):
+    path = write_clip(tmp_path / "clip.mp4")
+    frames = load_frames(path, 16, decoder="pyav", device="cuda")
+    assert frames.is_cuda
+    assert torch.equal(frames.cpu(), load_frames(path, 16))
+    assert open_video(path, decoder="pyav", device="cuda").frames_at([0]).is_pinned()

@@ -1,4 +1,5 @@
 import contextlib
+import itertools
 import logging
 import os
 import pickle
@@ -10,7 +11,9 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
+import merv_fast.video.progress
 import merv_fast.video.pyav
 import merv_fast.video.survey
 from merv_fast.errors import VideoError
@@ -192,6 +195,36 @@ def test_more_frames_or_bytes_than_allowed(tmp_path):
     assert len(open_video(path, limits=VideoLimits(max_frames=30, max_bytes=size))) == 30
     with pytest.raises(ValueError, match="VideoLimits: max_frames must be at least 1, got 0"):
         VideoLimits(max_frames=0)
+    for name in ("max_duration", "max_decode_seconds"):
+        with pytest.raises(ValueError, match=f"VideoLimits: {name} must be positive, got nan"):
+            VideoLimits(**{name: float("nan")})
+
+
+def test_time_limits(tmp_path, monkeypatch):
+    path = write_clip(tmp_path / "clip.mp4")
+    limits = VideoLimits(max_duration=1.1)
+    assert reason(path, limits=limits) == "lasts 1.2 s, the limit is 1.1 s (VideoLimits.max_duration)"
+    assert len(open_video(path, limits=VideoLimits(max_duration=1.2))) == 30
+    limits = VideoLimits(max_decode_seconds=29.5)
+    clock = itertools.count()
+    monkeypatch.setattr(merv_fast.video.progress, "monotonic", lambda: next(clock))
+    assert reason(path, limits=limits) == "took longer than 29.5 s to decode (VideoLimits.max_decode_seconds)"
+    video = open_video(path, limits=VideoLimits(max_decode_seconds=40.5))
+    monkeypatch.setattr(merv_fast.video.pyav, "decoding_threads", lambda: 1)
+    # Each call has its own time.
+    for _ in range(2):
+        assert indices_of(video.frames_at(range(20))) == list(range(20))
+
+
+def test_time_limit_of_a_folder(tmp_path, monkeypatch):
+    for number in range(3):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+    video = open_video(tmp_path, limits=VideoLimits(max_decode_seconds=2.5))
+    clock = itertools.count()
+    monkeypatch.setattr(merv_fast.video.progress, "monotonic", lambda: next(clock))
+    assert len(video.frames_at([0, 1])) == 2
+    with pytest.raises(VideoError, match=r"took longer than 2\.5 s to decode"):
+        video.frames_at([0, 1, 2])
 
 
 HLS = "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nsecret.mp4\n#EXT-X-ENDLIST\n"
