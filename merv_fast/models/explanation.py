@@ -58,6 +58,9 @@ def _choices(model: Any) -> Iterator[Choice]:
         blocks = "" if not hasattr(config, "blocks") else f"{config.blocks} of {config.depth} blocks, "
         size = f"{config.num_frames} frames -> {config.slots} slots x {config.tokens_per_slot} tokens x {config.width}"
         yield Choice(f"encoder {name}", f"{blocks}attention: sdpa", where, size)
+    runs = "side by side, a stream each" if video.device.type == "cuda" else "one after another"
+    size = f"{video.videos_at_once()} videos at a time, about {video.bytes_per_video() / 2**20:.0f} MiB each"
+    yield Choice("encoders", runs, where, size)
     for part, op, reason in video.tail.plan:
         yield Choice(part, op, where, reason)
     if model is not video:
