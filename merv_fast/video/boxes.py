@@ -18,9 +18,12 @@ SAMPLES_PER_FRAME = 8
 SAMPLE_BYTES = 100
 """Of tables, more than a sample takes (a size, a place and two times)."""
 
+DESCRIPTION_BYTES = 2**24
+"""Of names, pictures of covers, and the rest of a header."""
+
 # Parts of a file in which FFmpeg looks for tables, however they are nested.
 HEADERS = frozenset(b"moov moof udta meta mvex trak mdia minf stbl traf edts dinf clip tref".split())
-TABLES = re.compile(rb"(?s)trak|(hdlr|stts|stsz|stz2|stsc|stco|co64|trun)(?=(.{16}))")
+TABLES = re.compile(rb"trak|hdlr|st(?:ts|sz|z2|sc|co)|co64|trun")
 
 # Samples of PCM that FFmpeg takes as one.
 PCM_SAMPLES = 1024
@@ -42,7 +45,7 @@ def check_samples(path: str, limits: VideoLimits) -> None:
                 size = int.from_bytes(file.read(8))
             size = min(size, end - place) if size else end - place
             if kind in HEADERS:
-                if size > SAMPLE_BYTES * most:
+                if size > SAMPLE_BYTES * most + DESCRIPTION_BYTES:
                     raise VideoError(path, f"has a header of {size} bytes, too many for {limits.max_frames} frames")
                 samples += promised_samples(file.read(size))
             if samples > most:
@@ -56,18 +59,27 @@ def promised_samples(header: bytes) -> int:
     """The samples of which the tables in a part of a file speak."""
     samples = 0
     track = Track()
-    # A table may be cut short by the end.
+    # The last table may be cut short.
     header += bytes(16)
-    for table in TABLES.finditer(header):
-        kind, fields = table.groups()
-        if kind is None:
+    table = TABLES.search(header)
+    while table:
+        tick()
+        following = TABLES.search(header, table.end())
+        if table[0] == b"trak":
             samples += track.samples
             track = Track()
-        elif kind == b"trun":
-            samples += int.from_bytes(fields[4:8])
+        elif table[0] == b"trun":
+            samples += number(header, table.end() + 4)
         else:
-            track.read(kind, fields, header, table.end() + 8)
+            end = following.start() if following else len(header)
+            track.read(table[0], header[table.end() : max(table.end() + 16, end)])
+        table = following
     return samples + track.samples
+
+
+def number(data: bytes, place: int) -> int:
+    """32 bits."""
+    return int.from_bytes(data[place : place + 4])
 
 
 class Track:
@@ -77,19 +89,19 @@ class Track:
         self._promised = self._chunks = self._most_in_chunk = 0
         self._sound = self._even = False
 
-    def read(self, kind: bytes, fields: bytes, header: bytes, body: int) -> None:
-        """Note a table with those first ``fields``, whose entries are at ``body`` of ``header``."""
+    def read(self, kind: bytes, fields: bytes) -> None:
+        """Note a table with those ``fields``, which go on at least to its end."""
         if kind == b"hdlr" and fields[8:12] in (b"soun", b"vide"):
             self._sound = fields[8:12] == b"soun"
         elif kind in (b"stsz", b"stz2"):
-            self._promised = int.from_bytes(fields[8:12])
+            self._promised = number(fields, 8)
         elif kind == b"stts":
-            self._even = int.from_bytes(fields[4:8]) == 1 == int.from_bytes(fields[12:16])
+            self._even = number(fields, 4) == 1 == number(fields, 12)
         elif kind in (b"stco", b"co64"):
-            self._chunks = int.from_bytes(fields[4:8])
+            self._chunks = number(fields, 4)
         elif kind == b"stsc":
-            words = header[body : body + 12 * int.from_bytes(fields[4:8])]
-            self._most_in_chunk = int(np.frombuffer(words[: len(words) // 12 * 12], ">u4")[1::3].max(initial=0))
+            entries = min(number(fields, 4), (len(fields) - 8) // 12)
+            self._most_in_chunk = int(np.frombuffer(fields, ">u4", 3 * entries, 8)[1::3].max(initial=0))
 
     @property
     def samples(self) -> int:

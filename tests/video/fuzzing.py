@@ -43,8 +43,10 @@ PATIENCE = 200
 DEATHS = 10
 """Of processes, after which the rest is left out."""
 
-DEFAULT = VideoLimits(max_decode_seconds=1)
-"""The default limits, but for time."""
+THREADS = 4
+
+DEFAULT = VideoLimits(max_decode_seconds=SECONDS / 5 / THREADS)
+"""The default limits, but for time: two openings and three readings with all threads last no longer than `SECONDS`."""
 
 SMALL = VideoLimits(max_pixels=240 * 320, max_frames=128, max_bytes=2**18)
 """Just room for the bundled clip."""
@@ -54,8 +56,6 @@ DEFAULT_EVERY = 7
 
 READ_BYTES = 2**26
 """Of frames that are asked for at once, unless a single one has more."""
-
-THREADS = 4
 
 UNWRITTEN = 0xA5
 """What new frames are filled with."""

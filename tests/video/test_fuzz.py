@@ -454,6 +454,14 @@ def test_boxes_of_wrong_sizes(size, tmp_path):
         check_samples(str(path), VideoLimits())
 
 
+def test_header_far_larger_than_its_frames_need(tmp_path):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(box(b"ftyp", b"isom", 0) + struct.pack(">I4s", 2**25, b"moov"))
+    os.truncate(path, 2**25)
+    check_samples(str(path), VideoLimits())
+    assert reason(path, limits=VideoLimits(max_frames=9)) == "has a header of 33554416 bytes, too many for 9 frames"
+
+
 def test_file_that_is_cut_while_it_is_looked_at(tmp_path, monkeypatch):
     path = write_clip(tmp_path / "clip.mp4")
     size = path.stat().st_size
