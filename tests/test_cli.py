@@ -4,8 +4,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+import merv_fast.cli.doctor
 from merv_fast.cli.app import app, main
 from tests.models.golden_run import write_run
 
@@ -46,6 +48,19 @@ def test_ask_for_a_person(clip):
     done = runner.invoke(app, ["ask", clip, "What happens?", "--max-new-tokens", "4", "--device", "cpu"])
     assert done.exit_code == 0
     assert all(word in done.stdout for word in [*ENCODERS, *STAGES, "merv-tiny on cpu"])
+
+
+def test_a_cache_spares_the_second_question_the_encoding(clip, tmp_path):
+    ask = ["ask", clip, "Why?", "--json", "--max-new-tokens", "4", "--device", "cpu", "--cache", str(tmp_path / "new")]
+    first, second = (json.loads(runner.invoke(app, ask).stdout) for _ in range(2))
+    assert list(second["timings_ms"]) == ["cache", *STAGES]
+    assert all(first["timings_ms"][stage] > 0 for stage in STAGES)
+    assert [second["timings_ms"][stage] for stage in STAGES[:4]] == [0, 0, 0, 0]
+    assert (second["answer"], second["encoder_weights"]) == (first["answer"], first["encoder_weights"])
+    entries = list((tmp_path / "new").iterdir())
+    assert len(entries) == 1
+    assert runner.invoke(app, ["explain", clip, "--device", "cpu", "--cache", str(tmp_path / "new")]).exit_code == 0
+    assert list((tmp_path / "new").iterdir()) == entries
 
 
 def test_a_folder_of_frames_has_a_rate(clip, tmp_path):
@@ -104,6 +119,15 @@ def test_doctor():
     assert all(
         word in done.stdout for word in ["torch", "transformers", "nvidia-dali", "merv-fast[dali]", "models run on"]
     )
+    assert "videos are decoded by PyAV on the CPU" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("device", "dali", "words"), [("cuda", True, "NVDEC through DALI"), ("cuda", False, "PyAV on")]
+)
+def test_doctor_says_what_decodes_for_a_gpu(device, dali, words, monkeypatch):
+    monkeypatch.setattr(merv_fast.cli.doctor, "has_dali", lambda: dali)
+    assert merv_fast.cli.doctor.decoders(torch.device(device)).startswith(words)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +144,7 @@ def test_doctor():
         (["ask", "CLIP", "Why?", "--dtype", "int8"], "error: --dtype must be auto or one of"),
         (["ask", "CLIP", "Why?", "--model", "merv-huge"], "error: load_vid: model_id_or_path must be"),
         (["ask", "CLIP", "Why?", "--start", "99"], "error: "),
+        (["ask", "CLIP", "Why?", "--cache", "/proc/x"], "error: VideoCache: folder must be a folder that can"),
     ],
 )
 def test_an_error_is_one_line(monkeypatch, capsys, clip, arguments, words):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,6 +40,10 @@ LlmOption = Annotated[
 EncoderOption = Annotated[
     list[str] | None,
     typer.Option(help="ID=PATH: weights of an encoder, by the reference's id; repeatable.", show_default=False),
+]
+CacheOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder in which encoded videos are kept, 64 GiB at most; made if need be.", show_default=False),
 ]
 StartOption = Annotated[float, typer.Option(help="Where the clip starts, in seconds.")]
 FpsOption = Annotated[
@@ -80,12 +85,13 @@ def ask(
     fps: FpsOption = None,
     llm_path: LlmOption = None,
     encoder: EncoderOption = None,
+    cache: CacheOption = None,
 ) -> None:
     """Answer a question about a video."""
     from merv_fast.cli.ask import answer_question, show_answer
 
     answer, trained = answer_question(
-        video, question, _loader(model, device, dtype, llm_path, encoder), max_new_tokens, clip(start, end, fps)
+        video, question, _loader(model, device, dtype, llm_path, encoder, cache), max_new_tokens, clip(start, end, fps)
     )
     if as_json:
         typer.echo(json.dumps(answer.__dict__, ensure_ascii=False))
@@ -106,11 +112,12 @@ def explain(
     fps: FpsOption = None,
     llm_path: LlmOption = None,
     encoder: EncoderOption = None,
+    cache: CacheOption = None,
 ) -> None:
     """Show the weight of each encoder for a video, and what runs where and why."""
     from merv_fast.cli.ask import show_explanation
 
-    show_explanation(video, _loader(model, device, dtype, llm_path, encoder), clip(start, end, fps))
+    show_explanation(video, _loader(model, device, dtype, llm_path, encoder, cache), clip(start, end, fps))
 
 
 @app.command()
@@ -123,8 +130,8 @@ def probe(
     ] = None,
     decoder: Annotated[str, typer.Option(help="auto, pyav or dali.")] = "auto",
     device: Annotated[
-        str, typer.Option(help="Where frames are wanted: cpu (as ask and explain have it), auto, cuda, cuda:1, ...")
-    ] = "cpu",
+        str, typer.Option(help="Where frames are wanted: auto (as ask and explain have it), cpu, cuda, cuda:1, ...")
+    ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     start: StartOption = 0.0,
     end: EndOption = None,
@@ -138,6 +145,36 @@ def probe(
         typer.echo(json.dumps(report.__dict__, ensure_ascii=False))
     else:
         show_report(report)
+
+
+@app.command()
+def profile(
+    video: VideoArgument,
+    out: Annotated[Path, typer.Option(help="JSON file for the trace; ui.perfetto.dev opens it.", show_default=False)],
+    png: Annotated[
+        Path | None, typer.Option(help="PNG file to draw the timeline into, a lane for each thread and GPU stream.")
+    ] = None,
+    question: Annotated[str, typer.Option(help="What to ask.")] = "What happens in this video?",
+    model: ModelOption = "merv-tiny",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 16,
+    start: StartOption = 0.0,
+    end: EndOption = None,
+    fps: FpsOption = None,
+    llm_path: LlmOption = None,
+    encoder: EncoderOption = None,
+) -> None:
+    """Show where the time of an answer goes: a trace, a picture of it, and a table."""
+    from merv_fast.cli.profile import profile_answer, show_profile
+
+    loader = _loader(model, device, dtype, llm_path, encoder)
+    result = profile_answer(video, question, loader, max_new_tokens, clip(start, end, fps), out, png)
+    if as_json:
+        typer.echo(json.dumps(asdict(result), ensure_ascii=False))
+    else:
+        show_profile(result)
 
 
 @app.command()
@@ -178,10 +215,12 @@ def main() -> None:
         sys.exit(130)
 
 
-def _loader(model: str, device: str, dtype: str, llm_path: Path | None, encoder: list[str] | None) -> Loader:
+def _loader(
+    model: str, device: str, dtype: str, llm_path: Path | None, encoder: list[str] | None, cache: Path | None = None
+) -> Loader:
     from merv_fast.cli.ask import Loader
 
-    return Loader(model, device, dtype, llm_path, _pairs(encoder))
+    return Loader(model, device, dtype, llm_path, _pairs(encoder), cache)
 
 
 def clip(start: float, end: float | None, fps: float | None) -> dict[str, float | None]:

@@ -17,8 +17,10 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from merv_fast.models import Answer, MervModel, explain, load_vid
+from merv_fast.runtime.cache import VideoCache
 from merv_fast.runtime.environment import default_device, default_dtype
 from merv_fast.video import open_video
+from merv_fast.video.dali import DaliVideo
 
 __all__ = ["Loader", "answer_question", "show_answer", "show_explanation"]
 
@@ -27,19 +29,22 @@ BAR = 24
 
 @dataclass(frozen=True)
 class Loader:
-    """The options that say which model, and where it runs."""
+    """The options that say which model, where it runs, and where it keeps encoded videos."""
 
     model: str
     device: str
     dtype: str
     llm_path: Path | None
     encoder_paths: dict[str, str]
+    cache: Path | None = None
 
     def load(self) -> MervModel:
         """The model, on its device."""
         device = parse_device(self.device)
         dtype = default_dtype(device) if self.dtype == "auto" else parse_dtype(self.dtype)
+        cache = None if self.cache is None else VideoCache(folder=self.cache)
         vidlm = load_vid(self.model, llm_path=self.llm_path, encoder_paths=self.encoder_paths)
+        vidlm.cache = cache
         return vidlm.to(device, dtype=dtype)
 
 
@@ -103,7 +108,9 @@ def show_answer(answer: Answer) -> None:
 def show_explanation(path: Path, loader: Loader, clip: dict[str, Any]) -> None:
     """Decoder, encoder weights, and every choice."""
     console = Console()
-    video = open_video(path, fps=clip["fps"])
+    device = parse_device(loader.device)
+    video = open_video(path, fps=clip["fps"], device=device)
+    where = video.device if isinstance(video, DaliVideo) else "cpu"
     with waiting(f"loading {loader.model}"):
         vidlm = loader.load()
     with waiting(f"encoding on {vidlm.device}"):
@@ -114,7 +121,7 @@ def show_explanation(path: Path, loader: Loader, clip: dict[str, Any]) -> None:
     table = Table(title=f"{vidlm.model_id}: what runs where and why", title_justify="left")
     for column in ("part", "runs", "where", "why"):
         table.add_column(column)
-    table.add_row("decode", video.decoder, "cpu", f"{len(video)} frames of {width}x{height} at {video.fps:g}/s")
+    table.add_row("decode", video.decoder, str(where), f"{len(video)} frames of {width}x{height} at {video.fps:g}/s")
     for choice in explain(vidlm):
         table.add_row(choice.part, choice.runs, choice.where, choice.why)
     console.print(table)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from merv_fast.runtime.environment import components, default_device, default_dtype
+from merv_fast.video.choice import has_dali
 
 __all__ = ["show_components"]
 
@@ -28,4 +30,11 @@ def show_components() -> None:
     console.print(table)
     device = default_device()
     dtype = str(default_dtype(device)).removeprefix("torch.")
-    console.print(f"models run on {device} in {dtype} unless told otherwise; videos are decoded by PyAV on the CPU")
+    console.print(f"models run on {device} in {dtype} unless told otherwise; videos are decoded by {decoders(device)}")
+
+
+def decoders(device: torch.device) -> str:
+    """What decodes videos for a model on ``device``."""
+    if device.type == "cuda" and has_dali():
+        return "NVDEC through DALI where it takes them, else by PyAV on the CPU"
+    return "PyAV on the CPU"

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Sequence
-from os import PathLike
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from threading import Lock
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
+from merv_fast.models.encoding import VideoEncoding
+from merv_fast.models.identity import kept_parts
 from merv_fast.models.modeling import MervForConditionalGeneration
+from merv_fast.models.prefix import Prefix, prefilled, sharing_obstacle
+from merv_fast.models.prefix import prefill as prefill_prefixes
 from merv_fast.models.processing import MervProcessor
 from merv_fast.models.prompts import PROMPT_BUILDERS, PromptBuilder
-from merv_fast.models.requests import Answer, VideoSource, VisualTokens, in_new_tokens, is_list, pair, video_key
+from merv_fast.models.requests import Answer, Source, VideoSource, VisualTokens, in_new_tokens, is_list, pair, video_key
 from merv_fast.models.video_model import MervVideoOutput
+from merv_fast.runtime.cache import VideoCache
 from merv_fast.runtime.trace import StageTimer
-from merv_fast.video import load_frames
 
 __all__ = ["MervModel"]
 
@@ -27,6 +33,9 @@ logger = logging.getLogger("merv_fast")
 
 WEIGHT_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 """Names under which transformers saves weights."""
+
+TOKENIZING = Lock()
+"""A tokenizer keeps, between the calls that make up one tokenization, how it truncates: threads take turns."""
 
 
 class LLMBackbone(NamedTuple):
@@ -40,11 +49,16 @@ class LLMBackbone(NamedTuple):
 class MervModel(nn.Module):
     """MERV, called as in the reference's quick start, and with lists.
 
-    Made by ``load_vid``; ``.to(device, dtype=...)`` moves it like any module.
+    Made by ``load_vid``; ``.to(device, dtype=...)`` moves it like any module. Several threads may call it at once.
 
     Args:
         model: the transformers model.
         processor: its processor.
+
+    Attributes:
+        cache: where encoded videos are kept between calls; None, as at first, for nowhere. Keys hold the contents of
+            video and weights, so each is read once more. After a write through ``parameter.data``, which PyTorch does
+            not count, call ``eval()``.
 
     Example:
         >>> import merv_fast
@@ -58,6 +72,13 @@ class MervModel(nn.Module):
         super().__init__()
         self.model = model.eval()
         self.processor = processor
+        self.cache: VideoCache | None = None
+
+    def train(self, mode: bool = True) -> Self:
+        """As in torch.nn.Module; the weights' part of the cache's keys is made again."""
+        if self.cache is not None:
+            self.cache.weights.forget(kept_parts(self.model.video_model, self.cache.keep))
+        return super().train(mode)
 
     @property
     def config(self) -> Any:
@@ -130,8 +151,8 @@ class MervModel(nn.Module):
         """Answer: one prompt about one video, or lists of either.
 
         Args:
-            video: path or encoded video; a list of them goes with a list of prompts of the same length, or with one
-                prompt that is asked of each. A video that occurs several times is encoded once.
+            video: path, decoded frames or encoded video; a list of them goes with a list of prompts of the same length,
+                or with one prompt that is asked of each. A video that occurs several times is encoded once.
             prompt_text: prompt from ``get_prompt_builder``; a list of them may be asked of one video.
             num_frames: frames for each encoder, as in the model's configuration (accepted for compatibility).
             kwargs: as ``answer`` takes them: clip bounds, ``batch_size``, any argument of transformers' ``generate``.
@@ -154,6 +175,7 @@ class MervModel(nn.Module):
         clip_end_sec: float | None = None,
         end_frame: int | None = None,
         fps: float | None = None,
+        decoder: str = "auto",
         batch_size: int = 8,
         **kwargs: Any,
     ) -> list[Answer]:
@@ -167,7 +189,10 @@ class MervModel(nn.Module):
             clip_end_sec: where it ends, default the end of the video.
             end_frame: instead of the two, sample from the first frame to this one.
             fps: frames per second of a folder of frames.
-            batch_size: prompts that run together.
+            decoder: as for ``open_video``, with the model's device: by "auto" a GPU decodes what it can, which colours
+                edges a little differently from "pyav".
+            batch_size: prompts that run together. Those of one call that are about the same video share the keys and
+                values of what they begin with, the visual tokens above all, where ``sharing_obstacle`` sees none.
             kwargs: any argument of transformers' ``generate`` but ``return_dict_in_generate``. ``min_length`` and
                 ``max_length`` count the tokens of the prompt but not those of the video, as in the reference. Of
                 several returned sequences the first is the answer, also as there.
@@ -182,16 +207,25 @@ class MervModel(nn.Module):
         clip = {"clip_start_sec": clip_start_sec, "clip_end_sec": clip_end_sec, "end_frame": end_frame, "fps": fps}
         answers: list[Answer] = []
         encoded: dict[Any, VisualTokens] = {}
+        prefixes: dict[Any, Prefix] = {}
+        sharing = sharing_obstacle(self.model, kwargs) is None
+        asked = Counter(map(video_key, videos))
         for start in range(0, len(prompts), batch_size):
             timer = StageTimer(self.device)
             batch = videos[start : start + batch_size]
             encoded = {key: value for key, value in encoded.items() if key in map(video_key, batch)}
-            self._encode_missing(batch, clip, encoded, timer)
-            visual = [encoded[video_key(source)] for source in batch]
-            texts = self._generate(visual, prompts[start : start + batch_size], kwargs, timer)
+            self._encode_missing(batch, clip, decoder, encoded, timer)
+            keys = [video_key(source) for source in batch]
+            prefixes = {key: prefix for key, prefix in prefixes.items() if key in keys}
+            given = ((key, encoded[key].prefix) for key in keys)
+            prefixes |= {key: prefix for key, prefix in given if prefix is not None and prefix.fits(self.model)}
+            share = sharing and any(asked[key] > 1 or key in prefixes for key in keys)
+            texts = self._generate(
+                prompts[start : start + batch_size], keys, encoded, kwargs, prefixes if share else None, timer
+            )
             answers += [
-                Answer(text, tokens.encoder_weights, timer.milliseconds, self.model_id, str(self.device))
-                for text, tokens in zip(texts, visual, strict=True)
+                Answer(text, encoded[key].encoder_weights, timer.milliseconds, self.model_id, str(self.device))
+                for text, key in zip(texts, keys, strict=True)
             ]
         return answers
 
@@ -204,87 +238,86 @@ class MervModel(nn.Module):
         clip_end_sec: float | None = None,
         end_frame: int | None = None,
         fps: float | None = None,
+        decoder: str = "auto",
+        prefill: bool = False,
     ) -> VisualTokens:
-        """Encode one video, to ask about it later; the arguments are those of ``answer``."""
+        """Encode one video, to ask about it later.
+
+        Args:
+            video: as for ``generate``, like the others.
+            clip_start_sec: as for ``answer``, like the next four.
+            clip_end_sec: see there.
+            end_frame: see there.
+            fps: see there.
+            decoder: see there.
+            prefill: whether to put the visual tokens through the language model too, which every question then spares.
+                What is kept of it takes 0.5 MB a token, 537 MB in all, in merv-full in bfloat16.
+        """
         clip = {"clip_start_sec": clip_start_sec, "clip_end_sec": clip_end_sec, "end_frame": end_frame, "fps": fps}
         encoded: dict[Any, VisualTokens] = {}
-        self._encode_missing([video], clip, encoded, StageTimer(self.device))
-        return encoded[video_key(video)]
+        self._encode_missing([video], clip, decoder, encoded, StageTimer(self.device))
+        visual = encoded[video_key(video)]
+        if not prefill:
+            return visual
+        if obstacle := sharing_obstacle(self.model, {}):
+            raise ValueError(f"encode: prefill must be False, for {obstacle}")
+        with TOKENIZING:
+            row = self.processor([self.processor.video_token])["input_ids"][0]
+        return replace(visual, prefix=prefill_prefixes(self.model, row, {0: visual.tokens.to(self.device)})[0])
 
     def _encode_missing(
         self,
         sources: Sequence[VideoSource],
         clip: dict[str, Any],
+        decoder: str,
         encoded: dict[Any, VisualTokens],
         timer: StageTimer,
     ) -> None:
         """Encode in one batch those of ``sources`` that ``encoded`` lacks."""
-        missing: dict[Any, str | PathLike[str] | None] = {}
+        missing: dict[Any, Source] = {}
         for source in sources:
+            given = [name for name, value in clip.items() if value]
+            if given and isinstance(source, (Tensor, VisualTokens)):
+                state = "encoded" if isinstance(source, VisualTokens) else "decoded"
+                raise ValueError(f"generate: {given[0]} must be left out for a video already {state}")
             if isinstance(source, VisualTokens):
-                if given := [name for name, value in clip.items() if value]:
-                    raise ValueError(f"generate: {given[0]} must be left out for a video already encoded")
                 encoded[video_key(source)] = source
             elif video_key(source) not in encoded:
                 missing[video_key(source)] = source
-        stages = ("decode", "prepare", "encode", "fuse")
-        timer.milliseconds |= {name: 0.0 for name in stages if name not in timer.milliseconds}
-        if not missing:
-            return
-        inputs = []
-        for source in missing.values():
-            with timer.stage("decode"):
-                frames = None if source is None else load_frames(source, max(self.config.num_frames), **clip)
-            with timer.stage("prepare"):
-                inputs.append(self._zeros() if frames is None else self._prepare(frames))
-        with timer.stage("encode"):
-            features = self.model.video_model.encode([torch.cat(parts) for parts in zip(*inputs, strict=True)])
-        with timer.stage("fuse"):
-            output = self.model.video_model.fuse(features)
-        for index, key in enumerate(missing):
-            encoded[key] = VisualTokens(output.pooler_output[index], self._named(output.encoder_weights, index))
-
-    def _prepare(self, frames: Tensor) -> list[Tensor]:
-        return self.model.video_model.prepare(frames.movedim(-1, 1)[None])
-
-    def _zeros(self) -> list[Tensor]:
-        """What the reference feeds its encoders when there is no video."""
-        return [
-            torch.zeros(1, config.num_frames, 3, config.recipe.size, config.recipe.size, device=self.device).to(
-                self.dtype
-            )
-            for config in self.config.encoder_configs().values()
-        ]
-
-    def _named(self, weights: Tensor | None, index: int) -> dict[str, float] | None:
-        if weights is None:
-            return None
-        row = weights[index if len(weights) > 1 else 0]
-        return dict(zip(self.config.encoders, row.float().tolist(), strict=True))
+        encoding = VideoEncoding(self.model.video_model, clip, decoder, self.cache)
+        encoded |= zip(missing, encoding.encode(list(missing.values()), timer), strict=True)
 
     def _generate(
         self,
-        visual: Sequence[VisualTokens],
         prompts: Sequence[str],
+        keys: Sequence[Any],
+        encoded: dict[Any, VisualTokens],
         kwargs: dict[str, Any],
+        prefixes: dict[Any, Prefix] | None,
         timer: StageTimer,
     ) -> list[str]:
+        """Answers to prompts about the videos of ``keys``, which share their ``prefixes`` unless that is None."""
         with timer.stage("generate"):
-            inputs = self.processor(
-                [self.processor.video_token + prompt for prompt in prompts],
-                truncation=True,
-                max_length=self.config.max_text_length,
-            ).to(self.device)
-            self._warn_of_truncation(prompts)
-            tokens = torch.stack([item.tokens for item in visual]).to(self.device)
-            text_lengths = inputs["attention_mask"].sum(1) - tokens.shape[1]
-            ids = self.model.generate(
-                **inputs,
-                mm_encoder_outputs={"video": MervVideoOutput(pooler_output=tokens)},
-                **{"pad_token_id": self.tokenizer.pad_token_id} | in_new_tokens(kwargs, text_lengths.tolist()),
-            )
-            new = ids[:: len(ids) // len(prompts), inputs["input_ids"].shape[1] :]
-            return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+            with TOKENIZING:
+                inputs = self.processor(
+                    [self.processor.video_token + prompt for prompt in prompts],
+                    truncation=True,
+                    max_length=self.config.max_text_length,
+                )
+                self._warn_of_truncation(prompts)
+            tokens = {key: encoded[key].tokens.to(self.device) for key in keys}
+            lengths = inputs["attention_mask"].sum(1) - len(tokens[keys[0]])
+            kwargs = {"pad_token_id": self.tokenizer.pad_token_id} | in_new_tokens(kwargs, lengths.tolist())
+            if prefixes is None:
+                visual = MervVideoOutput(pooler_output=torch.stack([tokens[key] for key in keys]))
+                given = {**inputs.to(self.device), "mm_encoder_outputs": {"video": visual}}
+            else:
+                rows = [ids[mask.bool()] for ids, mask in zip(*inputs.values(), strict=True)]
+                given = prefilled(self.model, rows, keys, tokens, prefixes, self.tokenizer.pad_token_id)
+            ids = self.model.generate(**given, **kwargs)
+            new = ids[:: len(ids) // len(prompts), given["input_ids"].shape[1] :]
+            with TOKENIZING:
+                return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
     def _warn_of_truncation(self, prompts: Sequence[str]) -> None:
         """Say when the end of a prompt, where the answer would begin, is cut off; the reference cuts in silence."""

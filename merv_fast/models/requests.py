@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike, fspath
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Answer", "VideoSource", "VisualTokens", "in_new_tokens", "is_list", "pair", "video_key"]
+from merv_fast.models.prefix import Prefix
+
+__all__ = ["Answer", "Source", "VideoSource", "VisualTokens", "in_new_tokens", "is_list", "pair", "video_key"]
 
 
 @dataclass(frozen=True)
@@ -19,10 +21,13 @@ class VisualTokens:
     Args:
         tokens: [S, D], what the language model sees of the video.
         encoder_weights: share of each encoder in the tokens, or None where the fusion has no weights.
+        prefix: keys and values of the language model after them, from ``encode(..., prefill=True)``. They serve as long
+            as its weights stay the same.
     """
 
     tokens: Tensor
     encoder_weights: dict[str, float] | None
+    prefix: Prefix | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -32,8 +37,8 @@ class Answer:
     Args:
         answer: the text.
         encoder_weights: as in ``VisualTokens``.
-        timings_ms: wall-clock milliseconds of ``decode``, ``prepare``, ``encode``, ``fuse`` and ``generate``; of the
-            whole batch, where the question was one of several.
+        timings_ms: wall-clock milliseconds of ``decode``, ``prepare``, ``encode``, ``fuse`` and ``generate``, after
+            ``cache`` where the model has one; of the whole batch, where the question was one of several.
         model: the model's id.
         device: where it ran.
     """
@@ -45,8 +50,12 @@ class Answer:
     device: str
 
 
-VideoSource = str | PathLike[str] | VisualTokens | None
-"""A path, a video already encoded, or None for no video (the reference then sees zeros)."""
+Source = str | PathLike[str] | Tensor | None
+"""A video to encode: a path, frames already decoded (uint8 [F, H, W, 3]), or None for no video (the reference then sees
+zeros)."""
+
+VideoSource = Source | VisualTokens
+"""A video to ask about: one to encode, or one already encoded."""
 
 
 def is_list(value: Any) -> bool:
@@ -63,9 +72,9 @@ def pair(video: Any, prompt: Any) -> tuple[list[VideoSource], list[str]]:
     elif not is_list(prompt):
         prompts *= len(videos)
     for source in videos:
-        if not (source is None or isinstance(source, (str, PathLike, VisualTokens))):
-            kind = type(source).__name__
-            raise TypeError(f"generate: video must be a path, VisualTokens, None, or a list of them, got {kind}")
+        if not (source is None or isinstance(source, (str, PathLike, Tensor, VisualTokens))):
+            rule = "a path, frames, VisualTokens, None, or a list of them"
+            raise TypeError(f"generate: video must be {rule}, got {type(source).__name__}")
     for text in prompts:
         if not isinstance(text, str):
             raise TypeError(f"generate: prompt_text must be a str or a list of them, got {type(text).__name__}")
@@ -76,7 +85,7 @@ def pair(video: Any, prompt: Any) -> tuple[list[VideoSource], list[str]]:
 
 def video_key(source: VideoSource) -> Any:
     """What makes two entries of a list the same video."""
-    return id(source) if isinstance(source, VisualTokens) else source and fspath(source)
+    return id(source) if isinstance(source, (Tensor, VisualTokens)) else source and fspath(source)
 
 
 def in_new_tokens(kwargs: dict[str, Any], text_lengths: list[int]) -> dict[str, Any]:

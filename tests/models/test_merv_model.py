@@ -1,8 +1,12 @@
+import re
+
 import pytest
 import torch
 
 import merv_fast
+import merv_fast.video.choice
 from merv_fast import VisualTokens, load_vid
+from merv_fast.video import VideoLoader
 
 QUESTIONS = ["What happens?", "Which way does the red ball move, and how many shapes are there?", "Why?"]
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
@@ -129,6 +133,31 @@ def test_clip_bounds_reach_the_decoder(tiny, clips, prompts):
     assert not torch.equal(part.tokens, first.tokens)
 
 
+def test_the_choice_of_decoder_reaches_the_video(tiny, clips, prompts, monkeypatch):
+    with pytest.raises(ValueError, match="decoder must be one of auto, pyav, dali, got 'decord'"):
+        tiny.generate(clips[0], prompts[0], decoder="decord")
+    monkeypatch.setattr(merv_fast.video.choice, "has_dali", lambda: False)
+    with pytest.raises(RuntimeError, match="decoder 'dali' needs NVIDIA DALI"):
+        tiny.encode(clips[0], decoder="dali")
+    assert torch.equal(tiny.encode(clips[0], decoder="pyav").tokens, tiny.encode(clips[0]).tokens)
+
+
+def test_frames_already_decoded(tiny, clips, prompts, encodings):
+    loader = VideoLoader(clips, 32, workers=0)
+    frames = [item.frames for item in loader]
+    expected = tiny.generate(clips, prompts, **GREEDY)
+    assert tiny.generate(frames, prompts, **GREEDY) == expected
+    encodings.clear()
+    assert tiny.generate(frames[0], prompts, **GREEDY)[0] == expected[0]
+    assert encodings == [1]
+    with pytest.raises(ValueError, match="generate: clip_end_sec must be left out for a video already decoded"):
+        tiny.generate(frames[0], prompts[0], clip_end_sec=1.0)
+    for wrong in (frames[0][:31], frames[0].float(), frames[0].movedim(-1, 1), frames[0][0]):
+        got = re.escape(f"got {wrong.dtype} {list(wrong.shape)}")
+        with pytest.raises(ValueError, match=rf"generate: frames must be uint8 \[32, H, W, 3\], {got}"):
+            tiny.encode(wrong)
+
+
 def test_without_a_video_the_encoders_see_zeros(tiny, prompts):
     configs = tiny.config.encoder_configs().values()
     zeros = [torch.zeros(1, c.num_frames, 3, c.recipe.size, c.recipe.size) for c in configs]
@@ -234,9 +263,8 @@ def test_a_prompt_that_fits_is_not(tiny, clips, prompts, caplog):
 @pytest.mark.parametrize(
     ("video", "text", "message"),
     [
-        (b"clip.mp4", "a", "video must be a path, VisualTokens, None, or a list of them, got bytes"),
-        ([["clip.mp4"]], "a", "video must be a path, VisualTokens, None, or a list of them, got list"),
-        (torch.zeros(2, 2), "a", "video must be .* got Tensor"),
+        (b"clip.mp4", "a", "video must be a path, frames, VisualTokens, None, or a list of them, got bytes"),
+        ([["clip.mp4"]], "a", "video must be a path, frames, VisualTokens, None, or a list of them, got list"),
         ("clip.mp4", None, "prompt_text must be a str or a list of them, got NoneType"),
         ("clip.mp4", ["a", 3], "prompt_text must be a str or a list of them, got int"),
     ],

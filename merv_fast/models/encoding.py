@@ -1,0 +1,136 @@
+"""From videos to visual tokens: decoded, prepared, encoded and fused, or found in the cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merv_fast.models.identity import VideoKeys
+from merv_fast.models.requests import Source, VisualTokens
+from merv_fast.models.video_model import MervVideoModel
+from merv_fast.runtime.cache import VideoCache
+from merv_fast.runtime.cache.memory import Tensors
+from merv_fast.runtime.trace import StageTimer
+from merv_fast.video import load_frames
+
+__all__ = ["VideoEncoding"]
+
+
+class VideoEncoding:
+    """How the videos of one call are encoded.
+
+    Args:
+        model: what encodes.
+        clip: arguments of ``load_frames`` that say which part of a video.
+        decoder: as ``load_frames`` takes it.
+        cache: where results are looked for and kept, or None.
+    """
+
+    def __init__(self, model: MervVideoModel, clip: dict[str, Any], decoder: str, cache: VideoCache | None) -> None:
+        self.model, self.clip, self.decoder, self.cache = model, clip, decoder, cache
+        self.count = max(model.config.num_frames)
+
+    def encode(self, sources: Sequence[Source], timer: StageTimer) -> list[VisualTokens]:
+        """Visual tokens of several videos, all those that are not kept in one batch.
+
+        With a cache the stage ``cache`` is the time for digests, reading, writing, and waiting for other threads.
+        """
+        stages = [] if self.cache is None else ["cache"]
+        stages += ["decode", "prepare", "encode", "fuse"]
+        timer.milliseconds |= {name: 0.0 for name in stages if name not in timer.milliseconds}
+        if not sources:
+            return []
+
+        def features(sources: Sequence[Source]) -> list[Tensors]:
+            return by_video(dict(zip(self.model.encoders, self._features(sources, timer), strict=True)))
+
+        def tokens(sources: Sequence[Source]) -> list[Tensors]:
+            return self._fuse(self._features(sources, timer), timer)
+
+        if self.cache is not None and self.cache.keep == "features":
+            kept = self._through_cache(self.cache, sources, features, timer)
+            batch = [torch.stack([row[name] for row in kept]).to(self.model.device) for name in self.model.encoders]
+            entries = self._fuse(batch, timer)
+        elif self.cache is not None:
+            entries = self._through_cache(self.cache, sources, tokens, timer)
+        else:
+            entries = tokens(sources)
+        return [self._visual_tokens(entry) for entry in entries]
+
+    def _through_cache(
+        self,
+        cache: VideoCache,
+        sources: Sequence[Source],
+        make: Callable[[Sequence[Source]], list[Tensors]],
+        timer: StageTimer,
+    ) -> list[Tensors]:
+        """``make(sources)``, but for those which the cache has."""
+        started, others = time.perf_counter(), sum(timer.milliseconds.values())
+        keys = VideoKeys(self.model, cache, self.clip, self.decoder, self.count)
+        named = [(keys.of(source), source) for source in sources]
+        by_key = {key: source for key, source in named if key is not None}
+        if None in dict(named):
+            return make(sources)
+        entries = cache.fetch(
+            [key for key, _ in named if key is not None],
+            lambda missing: make([by_key[key] for key in missing]),
+            lambda key: keys.still(key, by_key[key]),
+        )
+        others = sum(timer.milliseconds.values()) - others
+        timer.milliseconds["cache"] += (time.perf_counter() - started) * 1e3 - others
+        return entries
+
+    def _features(self, sources: Sequence[Source], timer: StageTimer) -> list[Tensor]:
+        """E tensors [B, T_e, N_e, C_e]."""
+        inputs = []
+        for source in sources:
+            with timer.stage("decode"):
+                frames = self._frames(source)
+            with timer.stage("prepare"):
+                inputs.append(self._zeros() if frames is None else self.model.prepare(frames.movedim(-1, 1)[None]))
+        with timer.stage("encode"):
+            batch = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*inputs, strict=True)]
+            return self.model.encode(batch)
+
+    def _frames(self, source: Source) -> Tensor | None:
+        """uint8 [F, H, W, 3], as many as the encoder with most frames takes; None of no video."""
+        if isinstance(source, Tensor):
+            if source.dtype != torch.uint8 or source.ndim != 4 or len(source) != self.count or source.shape[3] != 3:
+                got = f"{source.dtype} {list(source.shape)}"
+                raise ValueError(f"generate: frames must be uint8 [{self.count}, H, W, 3], got {got}")
+            return source
+        if source is None:
+            return None
+        device = self.model.device if self.model.device.type == "cuda" else None
+        return load_frames(source, self.count, decoder=self.decoder, device=device, **self.clip)
+
+    def _zeros(self) -> list[Tensor]:
+        """What the reference feeds its encoders when there is no video."""
+        device, dtype = self.model.device, self.model.dtype
+        return [
+            torch.zeros(1, config.num_frames, 3, config.recipe.size, config.recipe.size, device=device).to(dtype)
+            for config in self.model.encoder_configs.values()
+        ]
+
+    def _fuse(self, features: Sequence[Tensor], timer: StageTimer) -> list[Tensors]:
+        """``tokens`` [S, D] of each video and, where the fusion has weights, ``encoder_weights`` [E], float32."""
+        with timer.stage("fuse"):
+            output = self.model.fuse(features)
+        batch = {"tokens": output.pooler_output}
+        if output.encoder_weights is not None:
+            batch["encoder_weights"] = output.encoder_weights.float().expand(len(features[0]), -1)
+        return by_video(batch)
+
+    def _visual_tokens(self, entry: Tensors) -> VisualTokens:
+        weights = entry.get("encoder_weights")
+        named = None if weights is None else dict(zip(self.model.encoders, weights.tolist(), strict=True))
+        return VisualTokens(entry["tokens"].to(self.model.device), named)
+
+
+def by_video(batch: Tensors) -> list[Tensors]:
+    """The entries of a batch."""
+    return [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
