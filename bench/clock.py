@@ -1,22 +1,27 @@
 """The one timer: how long a call takes on a GPU with a cold cache, by events; or on the CPU, by its clock."""
 
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import count
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Timing", "capture", "measure", "spread"]
+__all__ = ["THREADS", "Timing", "capture", "measure", "pin_threads", "spread", "take_turns"]
 
 Call = Callable[[], Any]
 
 LEAST, MOST = 10, 400
 """Repeats of a measurement."""
+
+THREADS = 2
+"""Of a measurement on the CPU."""
 
 
 class Timing(NamedTuple):
@@ -28,42 +33,90 @@ class Timing(NamedTuple):
 
 
 def measure(calls: Sequence[Call], device: str, *, graph: bool = False, seconds: float = 0.1) -> Timing:
-    """Time ``calls``, which do the same with different tensors, in turns.
+    """How long one way takes, by `take_turns` with itself; on CUDA with ``graph`` as captured graphs.
 
-    On CUDA a buffer larger than L2 is written before each of them, outside of what is timed. With ``graph`` each is
-    captured once and replayed, which leaves the host's launches out of the time; without, the GPU waits for the call,
-    and one that launches more slowly than the GPU works is timed as slow as it launches.
+    Graphs leave the host's launches out of the time.
+    """
+    graph = graph and device == "cuda"
+    (times,) = take_turns([[capture(call) for call in calls] if graph else calls], device, graph=graph, seconds=seconds)
+    return spread(times)
+
+
+def take_turns(
+    ways: Sequence[Sequence[Call]], device: str, *, graph: bool = False, seconds: float = 0.1
+) -> list[list[float]]:
+    """Milliseconds of every run of every way, one of each in turn, so that their ratios survive a busy machine.
+
+    A way is one or more calls that do the same with different tensors and are rotated through. On CUDA a buffer
+    larger than L2 is written before each run, outside of what is timed. The GPU then waits for the call, so that one
+    that launches more slowly than the GPU works is timed as slow as it launches.
 
     Args:
-        calls: at least one; rotated through.
+        ways: at least one, each of at least one call.
         device: "cuda", the current one, or "cpu", where caches are left as they are.
-        graph: CUDA only.
-        seconds: about how long to warm up, and then to measure, unless LEAST repeats take longer.
+        graph: whether calls replay what `capture` made, which needs no waiting.
+        seconds: about how long to warm up each way, and then to measure it, unless LEAST repeats take longer.
     """
-    if device == "cpu":
-        return _measure_cpu(calls, seconds)
-    runs = [capture(call) for call in calls] if graph else list(calls)
-    cold = larger_than_cache()
+
+    def run(turn: int, calls: Sequence[Call]) -> Callable[[], float]:
+        call = calls[turn % len(calls)]
+        return time_on_gpu(call, wait=not graph) if device == "cuda" else time_on_cpu(call)
+
     started = time.perf_counter()
     for warmed in count(1):
-        runs[warmed % len(runs)]()
-        cold.zero_()
-        torch.cuda.synchronize()
-        elapsed = time.perf_counter() - started
-        if elapsed >= seconds and warmed >= len(runs):
-            break
-    repeats = repeats_in(seconds, elapsed / warmed)
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for i, (start, end) in enumerate(events):
-        cold.zero_()
-        if not graph:
-            # Or the host would launch while the GPU still writes, and its time would not show.
+        for calls in ways:
+            run(warmed, calls)
+        if device == "cuda":
             torch.cuda.synchronize()
-        start.record()
-        runs[i % len(runs)]()
-        end.record()
-    torch.cuda.synchronize()
-    return spread([start.elapsed_time(end) for start, end in events])
+        elapsed = time.perf_counter() - started
+        if elapsed >= seconds * len(ways) and warmed >= max(map(len, ways)):
+            break
+    repeats = repeats_in(seconds * len(ways), elapsed / warmed)
+    taken = [[run(turn, calls) for calls in ways] for turn in range(repeats)]
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return [[read() for read in reads] for reads in zip(*taken, strict=True)]
+
+
+def time_on_cpu(call: Call) -> Callable[[], float]:
+    """Run ``call``; what is returned tells its milliseconds."""
+    start = time.perf_counter()
+    call()
+    elapsed = 1e3 * (time.perf_counter() - start)
+    return lambda: elapsed
+
+
+def time_on_gpu(call: Call, wait: bool) -> Callable[[], float]:
+    """Run ``call`` with a cold L2; what is returned tells its milliseconds once the GPU is done."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    larger_than_cache().zero_()
+    if wait:
+        # Or the host would launch while the GPU still writes, and its time would not show.
+        torch.cuda.synchronize()
+    start.record()
+    call()
+    end.record()
+    return lambda: start.elapsed_time(end)
+
+
+def pin_threads(threads: int = THREADS) -> None:
+    """Give PyTorch so many threads, and this process as many CPUs, on different cores where Linux tells them apart.
+
+    To be called first: threads that run already stay where they are.
+    """
+    torch.set_num_threads(threads)
+    if hasattr(os, "sched_setaffinity"):
+        allowed = sorted(os.sched_getaffinity(0))
+        firsts = sorted({siblings(cpu): cpu for cpu in reversed(allowed)}.values())
+        os.sched_setaffinity(0, [*firsts, *(cpu for cpu in allowed if cpu not in firsts)][:threads])
+
+
+def siblings(cpu: int) -> str:
+    """Which CPUs share a core with this one; itself where nothing is known."""
+    try:
+        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
+    except OSError:
+        return str(cpu)
 
 
 def capture(call: Call) -> Call:
@@ -85,21 +138,6 @@ def capture(call: Call) -> Call:
 def larger_than_cache() -> Tensor:
     """Four times L2."""
     return torch.empty(4 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.int8, device="cuda")
-
-
-def _measure_cpu(calls: Sequence[Call], seconds: float) -> Timing:
-    started = time.perf_counter()
-    for warmed in count(1):
-        calls[warmed % len(calls)]()
-        elapsed = time.perf_counter() - started
-        if elapsed >= seconds and warmed >= len(calls):
-            break
-    times = []
-    for i in range(repeats_in(seconds, elapsed / warmed)):
-        start = time.perf_counter()
-        calls[i % len(calls)]()
-        times.append(1e3 * (time.perf_counter() - start))
-    return spread(times)
 
 
 def repeats_in(seconds: float, each: float) -> int:

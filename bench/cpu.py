@@ -1,185 +1,162 @@
-"""Native CPU kernels against Pillow and the reference's way: ``python -m bench.cpu [--json FILE]``.
+"""The operators on the CPU as cases, against Pillow and the reference's way: ``python -m bench.cpu [--json FILE]``.
 
-Every line is checked before it is timed: a result that is wrong has no time. The two sides of a line take turns, on
-two threads. Exits with 1 where a target is missed.
+The command times the native kernels alone and holds them to targets; ``pytest bench/ --benchmark`` times every case.
+Every result is verified before it is timed: one that is wrong has no time. The ways of a case take turns, on two
+threads. The command exits with 1 where a target is missed.
 """
 
 import argparse
-import json
-import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import PIL
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
-from bench import baselines
-from bench.baselines import ReferenceTail
-from bench.provenance import commit
+from bench import baselines, cases
+from bench.baselines import PILLOW
+from bench.cases import COMPILED, EAGER, MERV, OURS, TAIL, Case, Setup, Shapes, Way
+from bench.clock import pin_threads, spread
+from bench.comparison import Comparison, Entry
+from bench.pairs import Line, conclude
 from merv_fast.encoders import encoder_config
-from merv_fast.ops import pool_project_fuse, pool_tokens, resample_frames
+from merv_fast.kernels._launch import Cost
+from merv_fast.models.configuration import MERV_BASE
+from merv_fast.ops import resample_frames
 from merv_fast.ops._native import native_fault
-from merv_fast.video import Recipe, every
+from merv_fast.video import every
 from merv_fast.video.prepare import prepare_all
-from tests.budgets import GOLDEN, relative_error
 
-THREADS, ROUNDS = 2, 20
-WIDTHS, GRIDS, D = (1024, 1024, 768, 768), ((16, 16), (16, 16), (14, 14), (14, 14)), 4096
-QUERY_WIDTH = 3072
-"""Of MERV's learned query; its scores are divided by the root of this."""
-ENCODERS = {
-    "languagebind-video-noclass": 16,
-    "dinov2-video-all-tokens": 16,
-    "vivit-google-b-all-no-cls-16frames": 32,
-    "siglip-vit-b16-224px-all-no-cls": 16,
-}
-"""MERV's, with the frames that each takes."""
-METHODS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+__all__ = ["COUNTS", "RECIPES", "entries", "prepare_each"]
 
+RECIPES, COUNTS = [encoder_config(name, count).recipe for name, count in MERV_BASE.items()], list(MERV_BASE.values())
+"""Of MERV's encoders: how frames are prepared, and how many each takes."""
 
-@dataclass(frozen=True)
-class Line:
-    """Milliseconds (20th percentile, median, 80th) of ours and of the baseline, and the ratio asked for."""
+REAL = MERV._replace(batches=(1,), compiled=())
+SHORT = REAL._replace(slots=4, D=1024, query_width=768)
+"""What a CPU would take seconds for: a video of four slots for a narrower language model."""
 
-    name: str
-    baseline: str
-    ours_ms: tuple[float, float, float]
-    baseline_ms: tuple[float, float, float]
-    target: float | None
+RESIZE, PREPARE, POOL = "resample_frames, three encoders", "prepare_all, four encoders", "pool_tokens, 16x16x1024"
+SHARED, POOL_2D, BY_PILLOW, BY_TORCH = "pass shared", "permute, pool 2D, permute", "Pillow", "Pillow and torch"
 
-    @property
-    def ratio(self) -> float:
-        return self.baseline_ms[1] / self.ours_ms[1]
-
-    @property
-    def missed(self) -> bool:
-        return self.target is not None and self.ratio < self.target
+LINES = (
+    ("resample_frames, pass shared", RESIZE, SHARED, BY_PILLOW, 8.0),
+    ("resample_frames, each encoder", RESIZE, OURS, BY_PILLOW, 8.0),
+    (PREPARE, PREPARE, OURS, BY_TORCH, None),
+    ("pool_tokens, 16 slots of 16x16x1024", POOL, OURS, EAGER, 3.0),
+    ("pool_tokens, 16 slots of 16x16x1024", POOL, OURS, POOL_2D, None),
+    ("pool_project_fuse, MERV's widths", TAIL, OURS, EAGER, 1.0),
+    ("pool_project_fuse, MERV's widths", TAIL, OURS, COMPILED, 1.0),
+)
+"""What the command prints: name, case, our way, the other, and the ratio asked for."""
 
 
-def compare(
-    name: str, ours: Callable[[], Any], baselines: dict[str, tuple[Callable[[], Any], float | None]]
-) -> list[Line]:
-    """Time ``ours`` and each baseline in turns."""
-    calls = {"": ours} | {key: call for key, (call, _) in baselines.items()}
-    seconds: dict[str, list[float]] = {key: [] for key in calls}
-    for _ in range(ROUNDS):
-        for key, call in calls.items():
-            start = time.perf_counter()
-            call()
-            seconds[key].append(time.perf_counter() - start)
-    spread = {key: percentiles(values) for key, values in seconds.items()}
-    return [Line(name, key, spread[""], spread[key], target) for key, (_, target) in baselines.items()]
+def entries() -> Iterator[Entry]:
+    """The ops at MERV's shapes, one video, float32; with an MLP, and trained, at `SHORT`."""
+    setup, short = (Setup("cpu", torch.float32, shapes) for shapes in (REAL, SHORT))
+    yield from (tail_entry(case, setup) for case in cases.tail_cases(setup, hidden=False))
+    for make in (cases.pool_tokens_cases, partial(cases.pool_project_cases, hidden=False), cases.fuse_cases):
+        yield from (operator_entry(case, setup) for case in make(setup))
+    yield from (operator_entry(case, setup) for case in cases.temporal_cases(setup))
+    yield Entry(resizing(), setup, product_of(REAL), native=True)
+    yield Entry(preparing(), setup, native=True)
+    for make in (partial(cases.tail_cases, hidden=True), cases.tail_training_cases):
+        for case in make(short):
+            op = f"{case.op}, {SHORT.slots} slots, D={SHORT.D}"
+            yield operator_entry(case._replace(op=op), short)
 
 
-def percentiles(seconds: Sequence[float]) -> tuple[float, float, float]:
-    fifths = statistics.quantiles(seconds, n=5)
-    return tuple(1e3 * value for value in (fifths[0], statistics.median(seconds), fifths[-1]))
+def operator_entry(case: Case, setup: Setup) -> Entry:
+    if case.op.startswith("pool_tokens, "):
+        case = with_two_dimensions(case)
+    return Entry(case, setup, product_of(setup.shapes))
 
 
-def check(right: bool, name: str) -> None:
-    if not right:
-        sys.exit(f"bench.cpu: {name} is wrong, so it has no time")
+def product_of(shapes: Shapes) -> tuple[int, int, int]:
+    """The one GEMM of the tail."""
+    return shapes.S, sum(shapes.widths), shapes.D
 
 
-def resizing() -> list[Line]:
-    """32 frames of 720p for the encoders whose frames Pillow resizes."""
-    clip = torch.randint(0, 256, (32, 720, 1280, 3), dtype=torch.uint8)
-    jobs = [(16, "bicubic"), (16, "bicubic"), (32, "bilinear")]  # DINOv2, SigLIP, ViViT
+def tail_entry(case: Case, setup: Setup) -> Entry:
+    """The reference's tail is compiled too."""
+    eager = next(way for way in case.ways if way.name == EAGER)
+    compiled = Way(COMPILED, cases.compile_once(eager.call), [eager.call])
+    return Entry(case._replace(ways=[*case.ways, compiled]), setup, product_of(setup.shapes))
 
-    def pillow() -> list[list[np.ndarray]]:
+
+def with_two_dimensions(case: Case) -> Case:
+    """What pooling over space alone costs, which is the same where slots are not pooled."""
+
+    def pool(x: Tensor) -> Tensor:
+        B, T, N, C = x.shape
+        side = int(N**0.5)
+        planes = x.view(B * T, side, side, C).permute(0, 3, 1, 2)
+        return F.adaptive_avg_pool2d(planes, (8, 8)).permute(0, 2, 3, 1).reshape(B, T, 64, C)
+
+    return case._replace(ways=[*case.ways, Way(POOL_2D, pool)])
+
+
+def make_clip() -> tuple[Tensor]:
+    """32 frames of 720p."""
+    frames, H, W = MERV.clip
+    return (torch.randint(0, 256, (frames, H, W, 3), dtype=torch.uint8),)
+
+
+def resizing() -> Case:
+    """For the encoders whose frames Pillow resizes; it is what is right, to the bit."""
+    size = MERV.size
+    jobs = [(recipe.method, n) for recipe, n in zip(RECIPES, COUNTS, strict=True) if recipe.antialias]
+    distinct = list(dict.fromkeys(jobs))
+
+    def pillow(clip: Tensor) -> list[Tensor]:
+        from PIL import Image
+
         return [
-            [np.asarray(Image.fromarray(f.numpy()).resize((224, 224), METHODS[method])) for f in every(clip, count)]
-            for count, method in jobs
+            torch.from_numpy(
+                np.stack([Image.fromarray(f.numpy()).resize(size, PILLOW[method]) for f in every(clip, count)])
+            )
+            for method, count in jobs
         ]
 
-    def each() -> list[Tensor]:
-        return [resample_frames(every(clip, count), (224, 224), method) for count, method in jobs]
+    def each(clip: Tensor) -> list[Tensor]:
+        return [resample_frames(every(clip, count), size, method) for method, count in jobs]
 
-    def shared() -> list[Tensor]:
-        return [resample_frames(every(clip, count), (224, 224), method) for count, method in jobs[1:]]
+    def shared(clip: Tensor) -> list[Tensor]:
+        return [resample_frames(every(clip, count), size, method) for method, count in distinct]
 
-    for resized, expected in zip(each(), pillow(), strict=True):
-        check(np.array_equal(resized.numpy(), np.stack(expected)), "resample_frames")
-    lines = compare("resample_frames, pass shared", shared, {"Pillow": (pillow, 8.0)})
-    return lines + compare("resample_frames, each encoder", each, {"Pillow": (pillow, 8.0)})
+    def dealt(pictures: list[Tensor]) -> list[Tensor]:
+        return [pictures[distinct.index(job)] for job in jobs]
 
+    def cost(clip: Tensor) -> Cost:
+        each = [cases.resample_cost(every(clip, n), size, method, n * 3 * size[0] * size[1]) for method, n in distinct]
+        return Cost(sum(one.flops for one in each), sum(one.bytes for one in each))
 
-def preparing() -> list[Line]:
-    """Pixels to the inputs of all four encoders, LanguageBind's floating-point path on both sides."""
-    clip = torch.randint(0, 256, (32, 720, 1280, 3), dtype=torch.uint8)
-    recipes = [encoder_config(name, count).recipe for name, count in ENCODERS.items()]
-    counts = list(ENCODERS.values())
-
-    def plain(recipe: Recipe, frames: Tensor) -> Tensor:
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (recipe.mean, recipe.std))
-        if recipe.antialias:
-            pictures = [Image.fromarray(f.numpy()).resize((224, 224), METHODS[recipe.method]) for f in frames]
-            planes = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1).float().div(255) for p in pictures])
-            return (planes - mean) / std
-        planes = (frames.permute(0, 3, 1, 2) / 255 - mean) / std
-        side = int(1280 / 720 * 224)
-        planes = F.interpolate(planes, size=(224, side), mode="bilinear", align_corners=False)
-        left = round((side - 224) / 2)
-        return planes[..., left : left + 224].contiguous()
-
-    def reference() -> list[Tensor]:
-        return [plain(recipe, every(clip, count)) for recipe, count in zip(recipes, counts, strict=True)]
-
-    ours = partial(prepare_all, clip, recipes, counts)
-    for prepared, expected in zip(ours(), reference(), strict=True):
-        check(relative_error(prepared, expected) < GOLDEN, "prepare_all")
-    return compare("prepare_all, four encoders", ours, {"Pillow and torch": (reference, None)})
+    ways = [Way(OURS, each, [pillow]), Way(SHARED, shared, [pillow], dealt), Way(BY_PILLOW, pillow, [pillow])]
+    return Case(RESIZE, 1, make_clip, pillow, ways, cost)
 
 
-def pooling() -> list[Line]:
-    """One video of DINOv2 or LanguageBind features."""
-    x = torch.randn(1, 16, 256, 1024)
+def preparing() -> Case:
+    """Pixels to the inputs of all four encoders, LanguageBind's floating-point path included."""
 
-    def two_dimensional() -> Tensor:
-        planes = x.view(16, 16, 16, 1024).permute(0, 3, 1, 2)
-        return F.adaptive_avg_pool2d(planes, (8, 8)).permute(0, 2, 3, 1).reshape(1, 16, 64, 1024)
+    def ours(clip: Tensor) -> list[Tensor]:
+        return prepare_all(clip, RECIPES, COUNTS)
 
-    ours = partial(pool_tokens, x, (16, 16), (8, 8))
-    reference = partial(baselines.pool_tokens, x, (16, 16), (8, 8))
-    for expected in (reference(), two_dimensional()):
-        check(relative_error(ours(), expected) < GOLDEN, "pool_tokens")
-    return compare(
-        "pool_tokens, 16 slots of 16x16x1024",
-        ours,
-        {"permute, pool 3D, permute": (reference, 3.0), "permute, pool 2D, permute": (two_dimensional, None)},
-    )
+    def cost(clip: Tensor) -> Cost:
+        written = sum(4 * 3 * n * recipe.size**2 for recipe, n in zip(RECIPES, COUNTS, strict=True))
+        return Cost(0, clip.numel() + written)
+
+    low = partial(prepare_each, dtype=torch.float32)
+    ways = [Way(OURS, ours, [low]), Way(BY_TORCH, low, [low])]
+    return Case(PREPARE, 1, make_clip, prepare_each, ways, cost)
 
 
-def tail() -> list[Line]:
-    """Projectors and fusion at MERV's widths, one video, float32."""
-    module = ReferenceTail(WIDTHS, GRIDS, D, QUERY_WIDTH).eval()
-    xs = [torch.randn(1, 16, H * W, C) for (H, W), C in zip(GRIDS, WIDTHS, strict=True)]
-    attention = module.attention
-    q_bias, k_bias, _ = attention.in_proj_bias.chunk(3)
-    q = (attention.q_proj_weight @ module.query[0, 0] + q_bias) / QUERY_WIDTH**0.5
-    query, bias = attention.k_proj_weight.T @ q, (k_bias @ q).expand(4).contiguous()
-    weights, biases = [p.weight for p in module.projectors], [p.bias for p in module.projectors]
-    compiled = torch.compile(module)
-    ours = partial(pool_project_fuse, xs, weights, biases, query, bias, GRIDS, (8, 8))
-    for baseline in (module, compiled):
-        for got, expected in zip(ours(), baseline(xs), strict=True):
-            check(relative_error(got, expected) < GOLDEN, "pool_project_fuse")
-    return compare(
-        "pool_project_fuse, MERV's widths",
-        ours,
-        {"eager reference": (partial(module, xs), 1.0), "compiled reference": (partial(compiled, xs), 1.0)},
-    )
+def prepare_each(clip: Tensor, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """The reference's way for every encoder."""
+    return [baselines.prepare(every(clip, count), recipe, dtype) for recipe, count in zip(RECIPES, COUNTS, strict=True)]
 
 
 def main() -> None:
@@ -188,32 +165,15 @@ def main() -> None:
     arguments = parser.parse_args()
     if fault := native_fault("cpu"):
         sys.exit(f"bench.cpu: the native kernels do not serve: {fault}")
-    torch.set_num_threads(THREADS)
-    torch.manual_seed(0)
-    with torch.inference_mode():
-        lines = [*resizing(), *preparing(), *pooling(), *tail()]
-    print(f"{'':36}{'against':28}{'ours, ms':>24}{'theirs, ms':>26}{'ratio':>8}{'target':>8}")
-    for line in lines:
-        spreads = [f"{median:.1f} ({low:.1f}-{high:.1f})" for low, median, high in (line.ours_ms, line.baseline_ms)]
-        target = "" if line.target is None else f">= {line.target:g}"
-        print(f"{line.name:36}{line.baseline:28}{spreads[0]:>24}{spreads[1]:>26}{line.ratio:8.2f}{target:>8}")
-    if arguments.json:
-        versions = {"torch": torch.__version__, "pillow": PIL.__version__, "python": platform.python_version()}
-        setting = {"threads": THREADS, "rounds": ROUNDS, "machine": cpu(), "versions": versions}
-        setting |= {"commit": commit(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
-        rows = [asdict(line) | {"ratio": line.ratio} for line in lines]
-        arguments.json.write_text(json.dumps(setting | {"lines": rows}, indent=1) + "\n")
-    if missed := [line for line in lines if line.missed]:
-        sys.exit("missed: " + "; ".join(f"{line.name} against {line.baseline}" for line in missed))
-
-
-def cpu() -> str:
-    """The processor's name where Linux tells it."""
-    try:
-        rows = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        rows = []
-    return next((row.split(":")[1].strip() for row in rows if row.startswith("model name")), platform.machine())
+    pin_threads()
+    lines: list[Line] = []
+    for entry in entries():
+        comparison = Comparison(entry)
+        for name, op, ours, baseline, target in LINES:
+            if op == entry.case.op:
+                times = (spread(comparison.milliseconds(impl)) for impl in (ours, baseline))
+                lines.append(Line(name, baseline, *times, target))
+    conclude(lines, arguments.json, {"pillow": PIL.__version__})
 
 
 if __name__ == "__main__":

@@ -7,17 +7,13 @@ the same call launched from Python. The roof is measured in the same run: a larg
 """
 
 import argparse
-import copy
-import csv
 import json
 import os
 import platform
 import re
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -33,9 +29,10 @@ if __name__ == "__main__" and (not torch.cuda.is_available() or "cpu" in sys.arg
 import triton
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench import cases as catalogue
+from bench import table as results
 from bench.cases import (
     BLOCK,
     COMPILED,
@@ -59,11 +56,12 @@ from bench.cases import (
     tensors_of,
 )
 from bench.clock import Timing, measure
-from bench.provenance import commit
+from bench.provenance import commit, name_device, today
+from bench.table import split_name
+from bench.verify import WrongResult, in_float64, in_other_memory, verify
 from merv_fast.kernels._launch import Cost
 from merv_fast.ops._kernels import KERNELS
 from merv_fast.ops._native import native_fault
-from tests.budgets import FLOAT64, low_precision, relative_error
 
 SECONDS = 200
 
@@ -76,6 +74,7 @@ class Row:
     B: int
     way: str
     dtype: str
+    error: float
     flops: int
     bytes: int
     timing: Timing | None = None
@@ -148,13 +147,11 @@ def examine(run: Run, case: Case) -> None:
         for way in case.ways:
             label = f"{case.op.strip()}, B={case.B}, {way.name}"
             try:
-                wrong = fault(run, way, arguments, wide, exact)
-            except Exception as error:
-                wrong = describe(error)
-            if wrong:
-                run.failures.append(f"{label}: {wrong}")
+                error = error_of(run, way, arguments, wide, exact)
+            except Exception as fault:
+                run.failures.append(f"{label}: {describe(fault)}")
                 continue
-            row = Row(case.op, case.B, way.name, str(run.setup.dtype).removeprefix("torch."), *cost)
+            row = Row(case.op, case.B, way.name, str(run.setup.dtype).removeprefix("torch."), error, *cost)
             run.rows.append(row)
             if run.setup.device == "cuda":
                 calls = [partial(way.call, *arguments), partial(way.call, *in_other_memory(arguments))]
@@ -166,66 +163,15 @@ def examine(run: Run, case: Case) -> None:
                 row.roof_ms = run.roof(cost, case.B)
 
 
-def fault(run: Run, way: Way, arguments: tuple, wide: tuple, exact: list[Tensor]) -> str | None:
-    """What is wrong with the result of ``way``, or None; ``wide`` are the arguments in float64."""
-    ours = way.name == OURS
-    kernels = serving(KERNELS, "cpu") if ours and run.setup.device == "cpu" else nullcontext()
-    with kernels, poisoned() if ours else nullcontext():
-        result = way.call(*arguments)
-    got = list(tensors_of(way.shown(result) if way.shown else result))
-    for i, (one, right) in enumerate(zip(got, exact, strict=True)):
-        if one.shape != right.shape:
-            return f"output {i} is {list(one.shape)}, not {list(right.shape)}"
-    if not way.lows:
-        found = tensors_of(way.call(*wide))
-        errors = [(relative_error(one, right), FLOAT64) for one, right in zip(found, exact, strict=True)]
-    else:
-        lows = zip(*(tensors_of(low(*arguments)) for low in way.lows), strict=True)
-        errors = [
-            ((one.double() - right.double()).abs().max().item(), max(budget(run, rough, right) for rough in roughs))
-            for one, roughs, right in zip(got, lows, exact, strict=True)
-        ]
-    for i, (error, most) in enumerate(errors):
-        # NaN is not within any budget.
-        if not error <= most:
-            return f"output {i} is off by {error:.3g}, budget {most:.3g}"
-    return None
-
-
-def budget(run: Run, rough: Tensor, right: Tensor) -> float:
-    """Absolute; integers are equal or wrong."""
-    return low_precision(rough, right, run.setup.dtype) if rough.is_floating_point() else 0.0
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """While it lasts, new memory is filled with NaN, so that what is not written shows."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(False)
-
-
-def in_float64(value: Any) -> Any:
-    """A copy of ``value`` with every floating tensor in it in float64."""
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    if isinstance(value, nn.Module):
-        return copy.deepcopy(value).double()
-    return type(value)(map(in_float64, value)) if isinstance(value, (list, tuple)) else value
-
-
-def in_other_memory(value: Any) -> Any:
-    """A copy of ``value``; modules, for which code is compiled, stay the same."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    return type(value)(map(in_other_memory, value)) if isinstance(value, (list, tuple)) else value
+def error_of(run: Run, way: Way, arguments: tuple, wide: tuple, exact: list[Tensor]) -> float:
+    """`verify`, our kernels in Triton's interpreter where there is no GPU."""
+    interpreted = serving(KERNELS, "cpu") if run.setup.device == "cpu" else None
+    return verify(way, arguments, wide, exact, run.setup.dtype, interpreted)
 
 
 def describe(error: Exception) -> str:
+    if isinstance(error, WrongResult):
+        return str(error)
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
@@ -343,19 +289,21 @@ def write(run: Run, file: Path) -> None:
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result, indent=1) + "\n")
-    fixed = {name: setting[name] for name in ("device", "torch", "triton", "cuda", "commit", "date")}
-    lines = []
+    beside = file.with_suffix(".csv")
+    beside.unlink(missing_ok=True)
+    results.append(beside, rows_of(run))
+
+
+def rows_of(run: Run) -> Iterator[results.Row]:
+    """What was timed, in the long form of all results; beside a graph's time that of launches from Python."""
+    device, about = name_device(run.setup.device), today()
     for row in run.rows:
-        p20, p50, p80 = row.timing or (None,) * 3
-        times = {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80}
-        times |= {"launched_p50_ms": row.launched.p50 if row.launched else None, "roof_ms": row.roof_ms}
-        what = {"op": row.op.strip(), "B": row.B, "way": row.way, "dtype": row.dtype}
-        counted = {"flops": row.flops, "bytes": row.bytes, "percent_of_roof": row.percent}
-        lines.append(what | times | counted | fixed)
-    with file.with_suffix(".csv").open("w", newline="") as target:
-        writer = csv.DictWriter(target, lines[0] if lines else [])
-        writer.writeheader()
-        writer.writerows(lines)
+        op, case = split_name(row.op, row.B)
+        for impl, timing in ((row.way, row.timing), (f"{row.way}, launched", row.launched)):
+            if timing:
+                percent = 100 * row.roof_ms / timing.p50 if row.roof_ms else None
+                counted = row.flops or None, row.bytes or None, percent, row.error
+                yield results.Row(op, case, impl, device, row.dtype, *timing, *counted, **about)
 
 
 def show(run: Run) -> None:

@@ -28,7 +28,8 @@ from torch import Tensor
 from bench import cases as catalogue
 from bench.cases import MERV, OURS, Case, Setup, Way
 from bench.clock import measure
-from bench.kernels import Run, copy_bandwidth, describe, examine, fault, in_float64, in_other_memory
+from bench.kernels import Run, copy_bandwidth, describe, error_of, examine
+from bench.verify import in_float64, in_other_memory
 from merv_fast.kernels import _blend, _gemm
 from merv_fast.kernels import fuse_encoders as fuse_kernels
 from merv_fast.kernels import pool_tokens as pool_kernels
@@ -290,14 +291,11 @@ def tune(run: Run, name: str, seconds: float) -> tuple | None:
                 for case, arguments, others, wide, exact in prepared:
                     (way,) = case.ways
                     try:
-                        wrong = fault(run, way, arguments, wide, exact)
-                        if not wrong:
-                            calls = [partial(way.call, *each) for each in (arguments, others)]
-                            times.append(measure(calls, run.setup.device, graph=True, seconds=0.05).p50)
+                        error_of(run, way, arguments, wide, exact)
+                        calls = [partial(way.call, *each) for each in (arguments, others)]
+                        times.append(measure(calls, run.setup.device, graph=True, seconds=0.05).p50)
                     except Exception as error:
-                        wrong = describe(error)
-                    if wrong:
-                        shown.append(wrong[:60])
+                        shown.append(describe(error)[:60])
                         break
                     roof = run.roof(case.cost(*arguments), case.B)
                     shown.append(f"{1e3 * times[-1]:.1f}, {100 * roof / times[-1]:.0f}" if roof else "")

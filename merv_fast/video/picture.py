@@ -35,4 +35,5 @@ def blacken_transparent(frame: "VideoFrame", rgb: NDArray[np.uint8]) -> NDArray[
     """``rgb`` with black where a GIF's ``frame`` shows nothing, as Pillow has it; FFmpeg has white there."""
     if frame.format.name != "bgra":
         return rgb
-    return rgb * (frame.to_ndarray()[..., 3:] > 0)
+    height, width, _ = rgb.shape
+    return rgb * (frame.reformat(width=width, height=height).to_ndarray()[..., 3:] > 0)

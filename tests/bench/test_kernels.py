@@ -1,6 +1,5 @@
 """bench.kernels: what is right gets a row, what is wrong none and exit code 1, and targets are judged."""
 
-import csv
 import importlib
 import json
 import os
@@ -40,8 +39,8 @@ def test_every_op_is_checked_on_a_cpu(tmp_path):
         assert (cases.TEMPORAL, B, cases.STREAM) in rows
     assert {row["timing"] for row in rows.values()} == {None}
     assert {target["verdict"] for target in found["targets"]} == {"not measured"}
-    with file.with_suffix(".csv").open() as lines:
-        assert len(list(csv.DictReader(lines))) == len(found["rows"])
+    # Only what has a time is a result.
+    assert not file.with_suffix(".csv").exists()
 
 
 @pytest.fixture
@@ -130,7 +129,7 @@ def test_the_gpu_suite_needs_neither_av_nor_an_installed_package():
 def measured(run, op, B, way, ms, launched=None, size=0):
     spread = Timing(ms, ms, ms)
     launched = Timing(launched, launched, launched) if launched else None
-    run.rows.append(kernels.Row(op, B, way, "bfloat16", 0, size, spread, launched))
+    run.rows.append(kernels.Row(op, B, way, "bfloat16", 1e-3, 0, size, spread, launched))
 
 
 def test_targets_and_roof():

@@ -23,7 +23,7 @@ from merv_fast.video.boxes import check_samples, promised_samples
 from merv_fast.video.choice import read_header
 from merv_fast.video.container import KEPT_ERRORS, decode_all, open_container, packets
 from merv_fast.video.images import without_inflated
-from tests.video.clips import panned, write_clip
+from tests.video.clips import indices_of, panned, write_clip
 from tests.video.fuzzing import ROOT, Outcome, check_frames, limits_of, memory_bound, run
 from tests.video.mutants import MUTATIONS, VP9, X265, make_mutant, read_seeds, write_seeds
 from tests.video.test_failures import reason
@@ -255,6 +255,21 @@ def test_packets_that_bring_more_than_a_frame_each(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"00:00:00.1", b"00:00:01.1"))
     assert len(open_video(path)) == 24
     assert reason(path, limits=VideoLimits(max_frames=23)) == "holds more than 23 frames (VideoLimits.max_frames)"
+
+
+def test_gif_that_changes_its_size_midway(tmp_path):
+    """In a container of another kind each picture may start a GIF anew."""
+    sizes = {"a.gif": (48, 64), "b.gif": (56, 96)}
+    pictures = []
+    for name, (height, width) in sizes.items():
+        clip = write_clip(tmp_path / name, "gif", count=4, pix_fmt="rgb8", height=height, width=width)
+        with av.open(str(clip)) as reader:
+            pictures += [bytes(packet) for packet in reader.demux(video=0) if packet.size]
+    source = write_clip(tmp_path / "eight.gif", "gif", count=8, pix_fmt="rgb8", height=48, width=64)
+    path = remux(source, tmp_path / "both.mov", lambda place, packet: pictures[place])
+    frames = open_video(path).frames_at(range(8))
+    assert indices_of(frames) == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert frames.shape == (8, 48, 64, 3)
 
 
 def test_streams_that_show_up_later(tmp_path):
