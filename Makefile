@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 KERNELS := $(wildcard csrc/* csrc/include/merv_fast/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint types clean
+.PHONY: help demo test test-slow bench lint types clean
 
 help: ## Show the targets.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -27,6 +27,9 @@ test: lint types $(VENV)/installed ## Lint, import rules, types, and every test 
 
 test-slow: $(VENV)/installed ## The long checks.
 	$(BIN)/python -m pytest -m slow
+
+bench: $(VENV)/installed ## Verify and time everything: the kernels on a GPU, else what a CPU can do.
+	$(BIN)/python -m pytest bench/ --benchmark
 
 lint: $(VENV)/installed ## Style and import rules.
 	$(BIN)/ruff check .

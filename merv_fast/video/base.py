@@ -129,8 +129,12 @@ def empty_frames(shape: tuple[int, ...], pinned: bool) -> Tensor:
 def check_file(path: str, limits: VideoLimits) -> None:
     """Raise VideoError unless ``path`` is a readable, regular file of 1 to ``limits.max_bytes`` bytes."""
     try:
-        with open(path, "rb") as file:
-            status = os.fstat(file.fileno())
+        # Without waiting: to open a pipe that nobody writes to would take forever.
+        file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        try:
+            status = os.fstat(file)
+        finally:
+            os.close(file)
     except OSError as error:
         raise VideoError(path, f"cannot be read ({error.strerror})") from error
     if not stat.S_ISREG(status.st_mode):

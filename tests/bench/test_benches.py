@@ -14,8 +14,6 @@ import pytest
 from bench import compare
 from bench.table import read
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parent.parent.parent
 
 PLANTED = """

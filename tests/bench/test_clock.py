@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,6 +33,35 @@ def test_repeats_fill_the_time_within_bounds():
     assert clock.repeats_in(1.0, 10.0) == clock.LEAST
     assert clock.repeats_in(1.0, 0.02) == 50
     assert clock.repeats_in(1.0, 1e-9) == clock.MOST
+
+
+def test_ways_are_run_in_turns(monkeypatch):
+    """Each way gets its own times, and a machine that slows down slows both."""
+    now, order = [0.0], []
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def call(name, seconds):
+        order.append(name)
+        # Twice as slow from the twelfth round on.
+        now[0] += seconds * (1 + (len(order) > 24))
+
+    fast, slow = (lambda name=name, each=each: call(name, each) for name, each in (("a", 0.01), ("b", 0.03)))
+    times = clock.take_turns([[fast], [slow]], "cpu", seconds=0.02)
+    assert order == ["a", "b"] * (len(order) // 2)
+    assert len(times[0]) == len(times[1]) == clock.LEAST
+    for quick, long in zip(*times, strict=True):
+        assert (quick, long) in (pytest.approx((10.0, 30.0)), pytest.approx((20.0, 60.0)))
+
+
+def test_threads_are_pinned_to_different_cores(monkeypatch):
+    given = []
+    monkeypatch.setattr(clock.torch, "set_num_threads", given.append)
+    monkeypatch.setattr(clock.os, "sched_getaffinity", lambda pid: {0, 1, 2, 3, 6}, raising=False)
+    monkeypatch.setattr(clock.os, "sched_setaffinity", lambda pid, cpus: given.append(cpus), raising=False)
+    monkeypatch.setattr(clock, "siblings", lambda cpu: f"{cpu // 2}")
+    clock.pin_threads(2)
+    clock.pin_threads(4)
+    assert given == [2, [0, 2], 4, [0, 2, 6, 1]]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

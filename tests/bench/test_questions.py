@@ -4,8 +4,6 @@ from bench.pairs import Line
 from bench.questions import GREEDY, compare_questions, count_work, prompts_for
 from merv_fast import load_vid, sample_clip
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def vidlm():
