@@ -18,7 +18,7 @@ OPENING = 8
 
 @dataclass(frozen=True)
 class Lanes:
-    """``count`` decoders of ``threads`` threads each that take ``runs`` in turns."""
+    """``count`` decoders of ``threads`` threads each that take ``runs`` in turns, the longest first."""
 
     count: int
     threads: int
@@ -45,7 +45,9 @@ def choose_lanes(index: PacketIndex, wanted: list[int], threads: int, coded_size
     for count in range(2, min(threads, len(apart), MOST_LANES, MOST_PIXELS // (height * width)) + 1):
         time = OPENING + max(max(costs), sum(costs) / count) / (threads // count) ** 0.5
         if time < least:
-            best, least = Lanes(count, threads // count, apart), time
+            # The longest first, so that no decoder is left with one at the end.
+            longest = [run for _, run in sorted(zip(costs, apart, strict=True), key=lambda each: -each[0])]
+            best, least = Lanes(count, threads // count, longest), time
     return best
 
 

@@ -9,6 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from merv_fast.video.container import decode, packets
+from merv_fast.video.units import (
+    UNIT_CODECS,
+    are_frames,
+    in_record,
+    layer_of,
+    parameter_sets,
+    random_access,
+    sequence_sets,
+    units_of,
+)
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -27,18 +37,14 @@ STRETCH = 32
 READ_THROUGH = 64
 """Packets that are read and dropped sooner than sought over."""
 
-START = b"\0\0\1"
-PICTURE_DATA = {"h264": range(1, 6), "hevc": range(32)}
-UNREFERENCED = range(0, 15, 2)
-
 NO_TIME = np.iinfo(np.int64).min
 
 # Codecs whose key frames leave nothing of what came before to the frames shown after them. H.264 and HEVC are
 # looked into, since containers also flag frames there from which a picture only recovers gradually.
 SELF_CONTAINED = frozenset({"mpeg1video", "mpeg2video", "mpeg4", "vp8", "vp9", "av1", "mjpeg", "prores", "ffv1"})
 
-# Two packets may hold the two fields of one frame.
-FIELD_CODED = frozenset({"h264", "mpeg1video", "mpeg2video"})
+# Two packets may hold the two fields of one frame; H.264 is looked into.
+FIELD_CODED = frozenset({"h264", "mpeg2video"})
 
 
 class Mismatch(Exception):
@@ -66,6 +72,7 @@ class PacketIndex:
         droppable: [packets] whether no other picture is decoded from this one.
         entries: ascending positions of packets from which every frame shown no earlier decodes exactly; their
             presentation times ascend too. The first packet is always one.
+        fields: whether a frame may be in two packets, the second of which is not shown by itself.
     """
 
     pts: NDArray[np.int64]
@@ -74,6 +81,7 @@ class PacketIndex:
     positions: NDArray[np.int64]
     droppable: NDArray[np.bool_]
     entries: NDArray[np.int64]
+    fields: bool = True
 
     def runs(self, wanted: list[int], apart: bool = False) -> list[Run]:
         """The cheapest stretches to decode for the ascending ``wanted`` frames.
@@ -125,6 +133,7 @@ class PacketLog:
     layers: list[int] = field(default_factory=list)
     referenced: list[bool] = field(default_factory=list)
     in_band: frozenset[int] = frozenset()
+    sequence_sets: set[bytes] = field(default_factory=set)
     reconfigured: bool = False
 
     def add(self, packet: "Packet[VideoStream]", shown: bool) -> None:
@@ -137,31 +146,30 @@ class PacketLog:
             self.shown.append(position)
         elif packet.is_discard:
             self.discarded.append(time)
-        layer, referenced = layer_of(packet, self.codec, self.extradata)
+        units = list(units_of(bytes(packet), self.codec, self.extradata)) if self.codec in UNIT_CODECS else []
+        layer, referenced = layer_of(units, self.codec) if units else (0, True)
         self.layers.append(layer)
+        if self.codec == "h264":
+            self.sequence_sets.update(sequence_sets(units))
         self.referenced.append(referenced)
         if not position:
-            self.in_band = parameter_sets(packet, self.codec, self.extradata)
+            self.in_band = parameter_sets(units, self.codec) if units else frozenset()
         else:
             # A decoder that skips this packet would go on with its old parameters.
             self.reconfigured |= packet.has_sidedata("new_extradata")
-        if not position or (shown and packet.is_keyframe and self._is_entry(packet)):
+        if not position or (shown and packet.is_keyframe and self._is_entry(units)):
             self.entries.append(position)
 
-    def _is_entry(self, packet: "Packet[VideoStream]") -> bool:
+    def _is_entry(self, units: list[bytes]) -> bool:
         """Whether every frame shown with or after this one decodes without anything before it."""
         if self.codec in SELF_CONTAINED:
             return True
-        if self.codec not in ("h264", "hevc"):
-            return False
         # A stream that carries its parameter sets along must repeat them here.
-        if not self.in_band <= parameter_sets(packet, self.codec, self.extradata):
-            return False
-        units = list(leading_units(packet, self.codec, self.extradata))
-        kind = unit_kind(units[-1], self.codec) if units else -1
-        if self.codec == "hevc":
-            return 16 <= kind <= 21
-        return kind == 5 or any(promises_recovery(unit) for unit in units)
+        return (
+            self.codec in UNIT_CODECS
+            and self.in_band <= parameter_sets(units, self.codec)
+            and random_access(units, self.codec)
+        )
 
     def index(self) -> PacketIndex | None:
         """The index, or None if times, edits or changes of the format make it unsafe to skip anything."""
@@ -178,13 +186,16 @@ class PacketLog:
             return None
         # A picture that its own temporal layer does without may still be of use to a higher one.
         droppable = ~np.array(self.referenced, np.bool_) & (np.array(self.layers) == max(self.layers))
-        return PacketIndex(pts, np.array(self.sizes, np.int64), times, positions, droppable, entries)
+        fields = self.codec in FIELD_CODED
+        if self.codec == "h264":
+            fields = not are_frames([*in_record(self.extradata), *self.sequence_sets])
+        return PacketIndex(pts, np.array(self.sizes, np.int64), times, positions, droppable, entries, fields)
 
 
 def decode_runs(
     container: "InputContainer", stream: "VideoStream", index: PacketIndex, runs: Iterable[Run]
 ) -> "Iterator[tuple[int, VideoFrame]]":
-    """Each wanted frame of ``runs``, whose starts ascend, with its number; in presentation order within a run.
+    """Each wanted frame of ``runs``, in any order, with its number; in presentation order within a run.
 
     Pictures that are not wanted and from which no other is decoded are left out. Every packet is compared with the
     index before it is decoded, and every frame is known by its time.
@@ -195,7 +206,6 @@ def decode_runs(
     errors: list[Exception] = []
     reader = PacketReader(container, stream, index, errors)
     codec = stream.codec_context.codec.canonical_name
-    fields = codec in FIELD_CODED
     if codec == "vp9":
         # With several frames at once, FFmpeg's decoder (8.1) crashes at a damaged packet that follows a flush.
         stream.thread_type = "SLICE"
@@ -204,9 +214,9 @@ def decode_runs(
         left = set(run.wanted)
         first = run.start > 0
         kept = {int(index.positions[number]) for number in run.wanted} | {run.start}
-        if fields:
+        if index.fields:
             kept |= {position + 1 for position in kept}
-        for frame in reader.decode(run.stop + fields, kept):
+        for frame in reader.decode(run.stop + index.fields, kept):
             if errors:
                 raise Mismatch(f"decoding failed: {errors[0]}")
             number = index.frame_at(frame.pts)
@@ -289,82 +299,3 @@ class PacketReader:
 def time_of(packet: "Packet[VideoStream]") -> int:
     """Presentation time, or `NO_TIME`."""
     return int(NO_TIME) if packet.pts is None else packet.pts
-
-
-def units_of(packet: "Packet[VideoStream]", codec: str, extradata: bytes | None) -> Iterator[bytes]:
-    """The H.264 or HEVC units of a packet."""
-    data = bytes(packet)
-    # After a configuration record, which starts with its version 1, units have length prefixes; else start codes.
-    record = (extradata or b"").ljust(22, b"\0")
-    length = (record[4 if codec == "h264" else 21] & 3) + 1 if record[0] == 1 else 0
-    place = 0 if length else data.find(START)
-    while 0 <= place < len(data):
-        begin = place + (length or len(START))
-        place = begin + int.from_bytes(data[place:begin], "big") if length else data.find(START, begin)
-        unit = data[begin : None if place < 0 else place]
-        if not unit:
-            return
-        yield unit
-
-
-def leading_units(packet: "Packet[VideoStream]", codec: str, extradata: bytes | None) -> Iterator[bytes]:
-    """The units of a packet up to the first that holds picture data, which comes last."""
-    for unit in units_of(packet, codec, extradata):
-        yield unit
-        if unit_kind(unit, codec) in PICTURE_DATA[codec]:
-            return
-
-
-def layer_of(packet: "Packet[VideoStream]", codec: str, extradata: bytes | None) -> tuple[int, bool]:
-    """The temporal layer of a packet's picture, and whether others of that layer may be decoded from it.
-
-    By ``nal_ref_idc`` of H.264; in HEVC by the kinds of units that are sub-layer non-reference pictures.
-    """
-    if codec not in PICTURE_DATA:
-        return 0, True
-    pictures = [unit for unit in units_of(packet, codec, extradata) if unit_kind(unit, codec) in PICTURE_DATA[codec]]
-    if codec == "h264":
-        return 0, not pictures or any(unit[0] & 0x60 for unit in pictures)
-    layer = max((unit[1] & 7 for unit in pictures if len(unit) > 1), default=0)
-    return layer, not pictures or any(unit_kind(unit, codec) not in UNREFERENCED for unit in pictures)
-
-
-def unit_kind(unit: bytes, codec: str) -> int:
-    """``nal_unit_type`` (ITU-T H.264, table 7-1; H.265, table 7-1)."""
-    return unit[0] & 31 if codec == "h264" else unit[0] >> 1 & 63
-
-
-def parameter_sets(packet: "Packet[VideoStream]", codec: str, extradata: bytes | None) -> frozenset[int]:
-    """Kinds of the parameter sets that stand before the picture data of a packet."""
-    if codec not in ("h264", "hevc"):
-        return frozenset()
-    kinds = (7, 8) if codec == "h264" else (32, 33, 34)
-    found = (unit_kind(unit, codec) for unit in leading_units(packet, codec, extradata))
-    return frozenset(kind for kind in found if kind in kinds)
-
-
-def promises_recovery(unit: bytes) -> bool:
-    """Whether an H.264 unit is a message that from this picture on, in output order, all are exactly right.
-
-    That is a recovery point with ``recovery_frame_cnt`` 0 and ``exact_match_flag`` 1 (ITU-T H.264, D.1.8).
-    """
-    if unit_kind(unit, "h264") != 6:
-        return False
-    # The zero ends a run of 255 that goes on to the end.
-    data = unit[1:].replace(b"\0\0\3", b"\0\0") + b"\0"
-    place = 0
-    while place + 2 < len(data):
-        kind = size = 0
-        while place < len(data) and data[place] == 255:
-            kind, place = kind + 255, place + 1
-        kind, place = kind + data[place], place + 1
-        while place < len(data) and data[place] == 255:
-            size, place = size + 255, place + 1
-        if place + 1 >= len(data):
-            return False
-        size, place = size + data[place], place + 1
-        if kind == 6:
-            # The count's code for 0 is a single 1.
-            return data[place] & 0xC0 == 0xC0
-        place += size
-    return False

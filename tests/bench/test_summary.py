@@ -50,7 +50,7 @@ def test_a_stage_that_failed(tmp_path, capsys, code, word):
 
 
 def test_much_of_everything_is_cut(tmp_path):
-    stages = [(f"stage{i}", "1") for i in range(9)]
+    stages = [(f"stage{i}", "1") for i in range(14)]
     results(tmp_path, stages, [target("missed")] * 30, [f"case {i}: off" for i in range(30)])
     for name, _ in stages:
         (tmp_path / f"{name}.log").write_text("FAILED test\n" * 30)

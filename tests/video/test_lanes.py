@@ -58,6 +58,11 @@ def test_short_groups_are_kept_together():
     assert [run.start for run in lanes.runs] == [*range(0, 400, 32)]
 
 
+def test_the_longest_come_first():
+    lanes = choose_lanes(index_of([0, 100, 250, 300], 400), [50, 80, 240, 290, 310, 399], 2, SMALL)
+    assert [(run.start, run.stop) for run in lanes.runs] == [(100, 240), (300, 399), (0, 80), (250, 290)]
+
+
 def test_pictures_left_out_cost_nothing():
     index = index_of([0, 100], 200, droppable=range(1, 200, 2))
     run, _ = index.runs([0, 99, 150], apart=True)
