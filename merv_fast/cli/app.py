@@ -79,24 +79,29 @@ def ask(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the answer while it is made.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     start: StartOption = 0.0,
     end: EndOption = None,
     fps: FpsOption = None,
+    windows: Annotated[
+        int, typer.Option(min=1, help="For a long video: encode so many windows of it, one after another.")
+    ] = 1,
     llm_path: LlmOption = None,
     encoder: EncoderOption = None,
     cache: CacheOption = None,
 ) -> None:
     """Answer a question about a video."""
-    from merv_fast.cli.ask import answer_question, show_answer
+    from merv_fast.cli.ask import answer_json, answer_question, show_answer
 
-    answer, trained = answer_question(
-        video, question, _loader(model, device, dtype, llm_path, encoder, cache), max_new_tokens, clip(start, end, fps)
-    )
+    if stream and as_json:
+        raise typer.BadParameter("--stream must be left out with --json")
+    loader = _loader(model, device, dtype, llm_path, encoder, cache)
+    answer, trained = answer_question(video, question, loader, max_new_tokens, clip(start, end, fps), windows, stream)
     if as_json:
-        typer.echo(json.dumps(answer.__dict__, ensure_ascii=False))
+        typer.echo(answer_json(answer))
     else:
-        show_answer(answer)
+        show_answer(answer, streamed=stream)
     if not trained:
         typer.echo(f"note: {answer.model} has random weights; its answers are noise.", err=True)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,17 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from transformers import TextStreamer
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from merv_fast.models import Answer, MervModel, explain, load_vid
+from merv_fast.models.requests import Window
 from merv_fast.runtime.cache import VideoCache
 from merv_fast.runtime.environment import default_device, default_dtype
 from merv_fast.video import open_video
 from merv_fast.video.dali import DaliVideo
 
-__all__ = ["Loader", "answer_question", "show_answer", "show_explanation"]
+__all__ = ["Loader", "answer_json", "answer_question", "show_answer", "show_explanation"]
 
 BAR = 24
 
@@ -69,32 +72,49 @@ def parse_dtype(name: str) -> torch.dtype:
 
 
 def answer_question(
-    video: Path, question: str, loader: Loader, max_new_tokens: int, clip: dict[str, Any]
+    video: Path,
+    question: str,
+    loader: Loader,
+    max_new_tokens: int,
+    clip: dict[str, Any],
+    windows: int = 1,
+    stream: bool = False,
 ) -> tuple[Answer, bool]:
-    """The answer, and whether the model was trained."""
+    """The answer, and whether the model was trained; with ``stream`` its text is printed while it is made."""
     open_video(video, fps=clip["fps"])  # a bad file is worth knowing of before a model of 30 GB is loaded
     with waiting(f"loading {loader.model}"):
         vidlm = loader.load()
     builder = vidlm.get_prompt_builder()
     builder.add_turn(role="human", message=question)
-    with waiting(f"answering on {vidlm.device}"):
-        (answer,) = vidlm.answer(
-            video,
-            builder.get_prompt(),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            **clip,
-        )
+    arguments = {"max_new_tokens": max_new_tokens, "do_sample": False, "windows": windows, **clip}
+    if stream:
+        # A spinner and the text would write over each other.
+        streamer = TextStreamer(vidlm.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        (answer,) = vidlm.answer(video, builder.get_prompt(), streamer=streamer, **arguments)
+    else:
+        with waiting(f"answering on {vidlm.device}"):
+            (answer,) = vidlm.answer(video, builder.get_prompt(), **arguments)
     return answer, vidlm.config.trained
 
 
-def show_answer(answer: Answer) -> None:
-    """Answer, weights and times for a person."""
+def answer_json(answer: Answer) -> str:
+    """One JSON object; ``windows`` is in it where there are some."""
+    fields = asdict(answer)
+    if not answer.windows:
+        del fields["windows"]
+    return json.dumps(fields, ensure_ascii=False)
+
+
+def show_answer(answer: Answer, streamed: bool = False) -> None:
+    """Answer, unless it was ``streamed``, weights and times for a person."""
     console = Console()
-    console.print(answer.answer or "(an empty answer)", markup=False, highlight=False)
+    if not streamed or not answer.answer:
+        console.print(answer.answer or "(an empty answer)", markup=False, highlight=False)
     console.print()
     if answer.encoder_weights:
         console.print(weights_table(answer.encoder_weights))
+    if answer.windows and answer.encoder_weights:
+        console.print(windows_table(answer.windows))
     times = Table(title=f"{answer.model} on {answer.device}", title_justify="left")
     times.add_column("stage")
     times.add_column("ms", justify="right")
@@ -135,6 +155,18 @@ def weights_table(weights: dict[str, float]) -> Table:
     table.add_column("", max_width=BAR, overflow="crop")
     for name, weight in weights.items():
         table.add_row(name, f"{weight:.3f}", ("█" * round(weight * BAR)).ljust(BAR, "░"))
+    return table
+
+
+def windows_table(windows: Sequence[Window]) -> Table:
+    """A line for each window: its bounds, and each encoder's share in percent."""
+    table = Table(title="weight of each encoder in each window, in percent", title_justify="left")
+    table.add_column("seconds", justify="right", no_wrap=True)
+    for name in windows[0].encoder_weights or {}:
+        table.add_column(name, justify="right")
+    for window in windows:
+        shares = (window.encoder_weights or {}).values()
+        table.add_row(f"{window.start:.1f}-{window.end:.1f}", *(f"{100 * share:.1f}" for share in shares))
     return table
 
 

@@ -14,8 +14,10 @@ from merv_fast.models.requests import Source, VisualTokens
 from merv_fast.models.video_model import MervVideoModel
 from merv_fast.runtime.cache import VideoCache
 from merv_fast.runtime.cache.memory import Tensors
-from merv_fast.runtime.trace import StageTimer
+from merv_fast.runtime.trace import StageTimer, span
 from merv_fast.video import load_frames
+from merv_fast.video.base import Video
+from merv_fast.video.open import clip_indices
 
 __all__ = ["VideoEncoding"]
 
@@ -28,10 +30,18 @@ class VideoEncoding:
         clip: arguments of ``load_frames`` that say which part of a video.
         decoder: as ``load_frames`` takes it.
         cache: where results are looked for and kept, or None.
+        opened: gives the one video that will be read, opened; None to open each path.
     """
 
-    def __init__(self, model: MervVideoModel, clip: dict[str, Any], decoder: str, cache: VideoCache | None) -> None:
-        self.model, self.clip, self.decoder, self.cache = model, clip, decoder, cache
+    def __init__(
+        self,
+        model: MervVideoModel,
+        clip: dict[str, Any],
+        decoder: str,
+        cache: VideoCache | None,
+        opened: Callable[[], Video] | None = None,
+    ) -> None:
+        self.model, self.clip, self.decoder, self.cache, self.opened = model, clip, decoder, cache, opened
         self.count = max(model.config.num_frames)
 
     def encode(self, sources: Sequence[Source], timer: StageTimer) -> list[VisualTokens]:
@@ -106,7 +116,15 @@ class VideoEncoding:
         if source is None:
             return None
         device = self.model.device if self.model.device.type == "cuda" else None
-        return load_frames(source, self.count, decoder=self.decoder, device=device, **self.clip)
+        if self.opened is None:
+            return load_frames(source, self.count, decoder=self.decoder, device=device, **self.clip)
+        video = self.opened()
+        bounds = {name: value for name, value in self.clip.items() if name != "fps"}
+        frames = video.frames_at(clip_indices(video, self.count, **bounds))
+        if device is None:
+            return frames
+        with span("copy"):
+            return frames.to(device, non_blocking=video.pinned)
 
     def _zeros(self) -> list[Tensor]:
         """What the reference feeds its encoders when there is no video."""

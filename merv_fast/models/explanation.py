@@ -8,6 +8,7 @@ from typing import Any
 
 from merv_fast.models.merv_model import MervModel
 from merv_fast.models.modeling import MervForConditionalGeneration
+from merv_fast.models.prefix import sharing_obstacle
 from merv_fast.models.video_model import MervVideoModel
 
 __all__ = ["Choice", "Explanation", "explain"]
@@ -46,7 +47,7 @@ def explain(model: MervModel | MervForConditionalGeneration | MervVideoModel) ->
         'prepare'
     """
     if isinstance(model, MervModel):
-        model = model.model
+        return Explanation([*_choices(model.model), *_between_calls(model)])
     return Explanation(_choices(model))
 
 
@@ -68,3 +69,21 @@ def _choices(model: Any) -> Iterator[Choice]:
         attention = f"attention: {llm.config._attn_implementation}"
         llm_where = f"{llm.device}, {str(llm.dtype).removeprefix('torch.')}"
         yield Choice("language model", f"{type(llm).__name__}, {attention}", llm_where, "transformers' own module")
+        obstacle = sharing_obstacle(model, {})
+        runs = "each prompt from its start" if obstacle else "what prompts about a video begin with, once"
+        yield Choice("prefill", runs, llm_where, obstacle or "the language model's cache can be copied and filled up")
+
+
+def _between_calls(vidlm: MervModel) -> Iterator[Choice]:
+    """What is kept from call to call, and what the last one took."""
+    if vidlm.cache is None:
+        yield Choice("cache", "none", "-", "MervModel.cache is None")
+    else:
+        where = "memory" if vidlm.cache.disk is None else "memory and disk"
+        yield Choice("cache", f"{vidlm.cache.keep} of each video", where, str(vidlm.cache))
+    peaks = ", ".join(f"{stage} {peak / 2**20:.0f} MiB" for stage, peak in vidlm.last_memory.items())
+    if vidlm.device.type != "cuda":
+        peaks, why = "not measured", "PyTorch counts the memory of GPUs only"
+    else:
+        why = "with the weights, most at one time in the last call of answer" if peaks else "answer was not called yet"
+    yield Choice("peak memory", peaks or "not measured", str(vidlm.device), why)

@@ -33,7 +33,7 @@ class MervForConditionalGeneration(MervPreTrainedModel, GenerationMixin):
     """A video and a prompt in, logits out: MERV with any causal language model.
 
     A prompt holds ``config.num_video_tokens`` placeholders (``config.video_token_id``) per video; their embeddings are
-    replaced by the visual tokens, in order.
+    replaced by the visual tokens, in order. Videos encoded in windows have more tokens, and as many placeholders.
     """
 
     main_input_name = "input_ids"
@@ -97,7 +97,8 @@ class MervForConditionalGeneration(MervPreTrainedModel, GenerationMixin):
             labels: [B, S], -100 where no loss is taken (visual positions).
             use_cache: whether to return a cache.
             logits_to_keep: as in every causal language model of transformers; 0 keeps all.
-            mm_encoder_outputs: ``{"video": output of get_video_features}`` instead of ``pixel_values_videos``.
+            mm_encoder_outputs: ``{"video": output of get_video_features}`` instead of ``pixel_values_videos``; its
+                ``pooler_output`` may be a list of [S_i, D].
             kwargs: handed to the language model.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -144,11 +145,12 @@ class MervForConditionalGeneration(MervPreTrainedModel, GenerationMixin):
                 rule = "no placeholders without a video"
                 raise ValueError(f"MervForConditionalGeneration: input_ids must hold {rule}, got {placeholders}")
             return embeds
-        tokens = stacked(video.pooler_output)
-        if checked and placeholders != tokens.shape[0] * tokens.shape[1]:
+        tokens = joined(video.pooler_output)
+        if checked and placeholders != len(tokens):
+            sizes = " and ".join(map(str, sorted({len(each) for each in video.pooler_output})))
             raise ValueError(
-                f"MervForConditionalGeneration: input_ids must hold {tokens.shape[0] * tokens.shape[1]} placeholders "
-                f"(id {self.config.video_token_id}) for {tokens.shape[0]} videos of {tokens.shape[1]} tokens, "
+                f"MervForConditionalGeneration: input_ids must hold {len(tokens)} placeholders "
+                f"(id {self.config.video_token_id}) for {len(video.pooler_output)} videos of {sizes} tokens, "
                 f"got {placeholders}"
             )
         return embeds.masked_scatter(is_video[..., None], tokens.to(embeds.device, embeds.dtype))
@@ -160,7 +162,7 @@ class MervForConditionalGeneration(MervPreTrainedModel, GenerationMixin):
         input_ids, kwargs = super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
         video = (mm_encoder_outputs or {}).get("video")
         if video is not None:
-            tokens = stacked(video.pooler_output).repeat_interleave(expand_size, dim=0)
+            tokens = [each for each in video.pooler_output for _ in range(expand_size)]
             kwargs["mm_encoder_outputs"] = {"video": MervVideoOutput(pooler_output=tokens)}
         return input_ids, kwargs
 
@@ -185,6 +187,6 @@ class MervForConditionalGeneration(MervPreTrainedModel, GenerationMixin):
         return inputs
 
 
-def stacked(tokens: Tensor | Sequence[Tensor]) -> Tensor:
-    """Visual tokens [B, S, D], also of a list of [S, D]."""
-    return tokens if isinstance(tokens, Tensor) else torch.stack(list(tokens))
+def joined(tokens: Tensor | Sequence[Tensor]) -> Tensor:
+    """Visual tokens of all videos, [B * S, D], also of a list of [S_i, D]."""
+    return tokens.flatten(0, 1) if isinstance(tokens, Tensor) else torch.cat(list(tokens))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike, fspath
 from typing import Any
@@ -11,7 +12,34 @@ from torch import Tensor
 
 from merv_fast.models.prefix import Prefix
 
-__all__ = ["Answer", "Source", "VideoSource", "VisualTokens", "in_new_tokens", "is_list", "pair", "video_key"]
+__all__ = [
+    "Answer",
+    "Source",
+    "VideoSource",
+    "VisualTokens",
+    "Window",
+    "ended_on_error",
+    "in_new_tokens",
+    "is_list",
+    "most_new_tokens",
+    "pair",
+    "video_key",
+]
+
+
+@dataclass(frozen=True)
+class Window:
+    """One of the windows that a video was cut into.
+
+    Args:
+        start: seconds, as ``clip_start_sec``; None of frames that were already decoded.
+        end: seconds, as ``clip_end_sec``.
+        encoder_weights: share of each encoder in this window's tokens, or None where the fusion has no weights.
+    """
+
+    start: float | None
+    end: float | None
+    encoder_weights: dict[str, float] | None
 
 
 @dataclass(frozen=True)
@@ -19,15 +47,18 @@ class VisualTokens:
     """One video, encoded: give it to ``MervModel.generate`` in place of a path, as often as there are questions.
 
     Args:
-        tokens: [S, D], what the language model sees of the video.
-        encoder_weights: share of each encoder in the tokens, or None where the fusion has no weights.
+        tokens: [S, D], what the language model sees of the video; of W windows [W * S, D].
+        encoder_weights: share of each encoder in the tokens, or None where the fusion has no weights; of windows, the
+            mean of theirs.
         prefix: keys and values of the language model after them, from ``encode(..., prefill=True)``. They serve as long
             as its weights stay the same.
+        windows: in order, where there are several.
     """
 
     tokens: Tensor
     encoder_weights: dict[str, float] | None
     prefix: Prefix | None = field(default=None, repr=False)
+    windows: tuple[Window, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -41,6 +72,7 @@ class Answer:
             ``cache`` where the model has one; of the whole batch, where the question was one of several.
         model: the model's id.
         device: where it ran.
+        windows: as in ``VisualTokens``.
     """
 
     answer: str
@@ -48,6 +80,7 @@ class Answer:
     timings_ms: dict[str, float]
     model: str
     device: str
+    windows: tuple[Window, ...] = ()
 
 
 Source = str | PathLike[str] | Tensor | None
@@ -102,3 +135,30 @@ def in_new_tokens(kwargs: dict[str, Any], text_lengths: list[int]) -> dict[str, 
             )
         kwargs[new_name] = counts.pop()
     return kwargs
+
+
+def most_new_tokens(kwargs: Mapping[str, Any], defaults: Any, text_length: int) -> int:
+    """How long the answer to a prompt of ``text_length`` tokens may become; 1 where only ``generate`` knows.
+
+    Args:
+        kwargs: arguments of ``generate``.
+        defaults: the model's ``generation_config``.
+        text_length: of the prompt without its video.
+    """
+    configs = (kwargs.get("generation_config"), defaults)
+    if (new := kwargs.get("max_new_tokens")) is not None:
+        return new
+    if (total := kwargs.get("max_length")) is not None:
+        return max(total - text_length, 0)
+    return next((config.max_new_tokens for config in configs if config and config.max_new_tokens is not None), 1)
+
+
+@contextmanager
+def ended_on_error(streamer: Any | None) -> Iterator[None]:
+    """Tell a streamer that nothing more will come if the block raises: a reader in another thread would wait on."""
+    try:
+        yield
+    except BaseException:
+        if streamer is not None:
+            streamer.end()
+        raise

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["IGNORE_INDEX", "insert_placeholders", "pad"]
+__all__ = ["IGNORE_INDEX", "insert_placeholders", "pad", "resize_placeholders"]
 
 IGNORE_INDEX = -100
 """Label of a position that no loss is taken of."""
@@ -41,6 +43,25 @@ def insert_placeholders(
         _insert(attention_mask, count, 1, bos_token_length),
         None if labels is None else _insert(labels, count, IGNORE_INDEX, bos_token_length),
     )
+
+
+def resize_placeholders(
+    ids: Tensor, mask: Tensor, counts: Sequence[int], video_token_id: int, pad_token_id: int
+) -> tuple[Tensor, Tensor]:
+    """Ids and mask [B, S'] of prompts [B, S] that have one run of placeholders each, now ``counts`` long.
+
+    >>> ids = torch.tensor([[1, 3, 3, 7], [0, 3, 3, 8]])
+    >>> resize_placeholders(ids, ids != 0, [3, 1], video_token_id=3, pad_token_id=0)[0]
+    tensor([[1, 3, 3, 3, 7],
+            [0, 0, 0, 3, 8]])
+    """
+    rows = []
+    for row, kept, count in zip(ids, mask, counts, strict=True):
+        row = row[kept.bool()]
+        places = (row == video_token_id).nonzero()
+        parts = row[: places[0]], row.new_full((count,), video_token_id), row[places[-1] + 1 :]
+        rows.append(torch.cat(parts).tolist())
+    return pad(rows, pad_token_id)
 
 
 def pad(rows: list[list[int]], pad_token_id: int, side: str = "left") -> tuple[Tensor, Tensor]:

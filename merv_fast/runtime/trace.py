@@ -23,10 +23,16 @@ Name = str | Callable[[tuple[Any, ...], Mapping[str, Any]], str | None]
 class StageTimer:
     """Adds up the wall-clock time of named stages, waiting for the device at both ends of each.
 
-    Each stage is also a `span`.
+    Each stage is also a `span`. On a GPU its peak of memory is noted too, for which PyTorch's own count of the peak
+    (``torch.cuda.max_memory_allocated``) starts anew at each stage.
 
     Args:
         device: the device whose queued work belongs to a stage.
+
+    Attributes:
+        milliseconds: of each stage.
+        peak_bytes: most bytes of tensors on the GPU at one time during each stage, those of other threads among them;
+            empty on a CPU, whose memory PyTorch does not count.
 
     Example:
         >>> timer = StageTimer(torch.device("cpu"))
@@ -39,11 +45,14 @@ class StageTimer:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.milliseconds: dict[str, float] = {}
+        self.peak_bytes: dict[str, int] = {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time the block under ``name``, adding to what earlier blocks of that name took."""
         self._wait()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         started = time.perf_counter()
         try:
             with span(name):
@@ -54,6 +63,9 @@ class StageTimer:
         finally:
             took = (time.perf_counter() - started) * 1e3
             self.milliseconds[name] = self.milliseconds.get(name, 0.0) + took
+            if self.device.type == "cuda":
+                peak = torch.cuda.max_memory_allocated(self.device)
+                self.peak_bytes[name] = max(peak, self.peak_bytes.get(name, 0))
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
