@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import merv_fast.video.pyav
 import merv_fast.video.seeking
 from merv_fast.video import open_video
 from merv_fast.video.units import HIGH_PROFILES, are_frames, in_record
