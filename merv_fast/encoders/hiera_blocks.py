@@ -7,7 +7,7 @@ V views, U mask units a view, n tokens a unit. The tokens of a view are kept as 
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from merv_fast.modules.attention import attention
+from merv_fast.modules.attention import HeadAttention
 
 __all__ = ["MASK_UNIT", "POOLINGS", "Block", "to_mask_units"]
 
@@ -45,6 +45,7 @@ class MaskUnitAttention(nn.Module):
     def __init__(self, in_width: int, width: int, heads: int, pools: bool, whole_view: bool) -> None:
         super().__init__()
         self.heads, self.pools, self.whole_view = heads, pools, whole_view
+        self.attend = HeadAttention(width // heads)
         self.qkv = nn.Linear(in_width, 3 * width)
         self.proj = nn.Linear(width, width)
 
@@ -57,7 +58,7 @@ class MaskUnitAttention(nn.Module):
         tokens = q.shape[2]
         merged = 1 if self.whole_view else 0
         q, k, v = (t.flatten(merged, merged + 1).transpose(1, 2) for t in (q, k, v))
-        out = attention(q, k, v).transpose(1, 2)
+        out = self.attend(q, k, v).transpose(1, 2)
         return self.proj(out.reshape(views, units, tokens, self.proj.in_features))
 
 

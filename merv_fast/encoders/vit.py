@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from merv_fast.encoders.config import EncoderConfig
-from merv_fast.modules.attention import attention
+from merv_fast.modules.attention import HeadAttention, attention
 from merv_fast.ops import temporal_attention
 
 __all__ = ["VisionTransformer"]
@@ -143,6 +143,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
+        self.attend = HeadAttention(width // heads)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
@@ -150,7 +151,7 @@ class Attention(nn.Module):
         """Over the tokens of each row: ``[R, tokens, C]`` -> ``[R, tokens, C]``."""
         # Views all the way: backends read strided heads and write what the transpose makes contiguous again.
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(self.attend(q, k, v).transpose(1, 2).flatten(2))
 
     def over_time(self, x: Tensor, frames: int, window: int) -> Tensor:
         """Over the frames of each token, within windows: ``[B * F, tokens, C]`` -> the same shape."""
@@ -190,5 +191,6 @@ class AttentionPool(nn.Module):
         """``[B, T, N, C]`` -> ``[B, T, 1, C]``."""
         k, v = self.kv(x.flatten(0, 1)).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         q = self.query.to(k.dtype).view(self.heads, 1, -1).expand(len(k), -1, -1, -1)
+        # One query a slot: no backend could gain by it, so none is chosen.
         pooled = self.proj(attention(q, k, v).transpose(1, 2).flatten(2)).unflatten(0, x.shape[:2])
         return pooled + self.mlp(self.norm(pooled))

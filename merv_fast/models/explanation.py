@@ -58,7 +58,7 @@ def _choices(model: Any) -> Iterator[Choice]:
     for name, config in video.config.encoder_configs().items():
         blocks = "" if not hasattr(config, "blocks") else f"{config.blocks} of {config.depth} blocks, "
         size = f"{config.num_frames} frames -> {config.slots} slots x {config.tokens_per_slot} tokens x {config.width}"
-        yield Choice(f"encoder {name}", f"{blocks}attention: sdpa", where, size)
+        yield Choice(f"encoder {name}", f"{blocks}attention: {video.attention[name]}", where, size)
     runs = "side by side, a stream each" if video.device.type == "cuda" else "one after another"
     size = f"{video.videos_at_once()} videos at a time, about {video.bytes_per_video() / 2**20:.0f} MiB each"
     yield Choice("encoders", runs, where, size)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import merv_fast
 from merv_fast.models.video_model import MervVideoModel
+from merv_fast.modules import attention_versions
 from merv_fast.runtime.cache import VideoCache
 from merv_fast.runtime.cache.digests import FileDigests, digest_json, digest_tensor
 from merv_fast.video.base import DEFAULT_LIMITS
@@ -75,6 +76,7 @@ def model_identity(model: MervVideoModel, cache: VideoCache) -> str | None:
             # Classes and settings of all layers: one that was replaced by a quantised one is another.
             "modules": repr(parts),
             "encoders": repr(model.encoder_configs),
+            "attention": [attention_versions(encoder) for encoder in model.encoders.values()],
             "tail": tail if cache.keep == "tokens" else None,
             "arithmetic": arithmetic(model.device, model.dtype),
             "versions": versions(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from merv_fast.encoders import build_encoder
 from merv_fast.errors import CheckpointError
 from merv_fast.models.configuration import MervConfig
 from merv_fast.modules import Architecture, Tail, build_fusion, build_projector
+from merv_fast.modules.attention import attention_of, check_attention, set_attention
 from merv_fast.runtime.chunking import in_chunks
 from merv_fast.runtime.concurrent import ConcurrentEncoders
 from merv_fast.spans import span
@@ -81,6 +82,17 @@ class MervPreTrainedModel(PreTrainedModel):
             raise CheckpointError(f"{source or 'state_dict'}: the weights do not fit the model: {listed}")
         return (model, info) if output_loading_info else model
 
+    def set_attn_implementation(self, attn_implementation: str | dict[str, Any], **kwargs: Any) -> None:
+        """As in transformers; what is given for ``<name>_config`` goes to ``MervVideoModel.set_attention``."""
+        video, given = self.base_model, attn_implementation
+        if isinstance(given, str):
+            given = {"": given} | dict.fromkeys(self.config.sub_configs, given)
+        keys = {f"{name}_config": name for name in video.encoders}
+        chosen = {keys[key]: value for key, value in given.items() if key in keys}
+        video._choices(chosen)
+        super().set_attn_implementation({key: value for key, value in given.items() if key not in keys}, **kwargs)
+        video.set_attention(chosen)
+
     def _init_weights(self, module: nn.Module) -> None:
         """Leave each module the initial values of its own constructor: loading never needs others."""
 
@@ -103,6 +115,10 @@ class MervVideoModel(MervPreTrainedModel):
         self.encoder_configs = configs = config.encoder_configs()
         width = config.get_text_config().hidden_size
         self.encoders = nn.ModuleDict({name: build_encoder(encoder) for name, encoder in configs.items()})
+        for name, encoder in self.encoders.items():
+            backend = getattr(config, f"{name}_config")._attn_implementation
+            # Weights may yet be moved and cast: the first call tells whether it serves.
+            set_attention(encoder, backend or "sdpa", placed=False)
         resampled = Architecture.parse(config.arch_specifier).resampler != "none"
         projectors = [
             build_projector(
@@ -127,6 +143,36 @@ class MervVideoModel(MervPreTrainedModel):
         self.concurrent = ConcurrentEncoders(self.encoders)
         self.encode_budget: int | None = None
         self.post_init()
+
+    @property
+    def attention(self) -> dict[str, str]:
+        """What computes the attention of each encoder, by its name."""
+        return {name: attention_of(encoder) for name, encoder in self.encoders.items()}
+
+    def set_attention(self, backend: str | Mapping[str, str]) -> None:
+        """Choose what computes the attention of all encoders, or of those that are named: ``{"dinov2": "xformers"}``.
+
+        The choices are those of `merv_fast.modules.set_attention`, for the device and dtype that the model has now. If
+        one does not serve, none is changed.
+
+        Raises:
+            ValueError: no such backend or encoder, or a device, dtype or head size that does not fit.
+            ImportError: the package of the backend is missing.
+            RuntimeError: the backend failed at a small attention here, or computed it wrongly.
+        """
+        for name, choice in self._choices(backend).items():
+            set_attention(self.encoders[name], choice)
+            getattr(self.config, f"{name}_config")._attn_implementation = choice
+
+    def _choices(self, backend: str | Mapping[str, str]) -> dict[str, str]:
+        """The choice for each encoder that `set_attention` would make; raises what it would raise."""
+        chosen = dict.fromkeys(self.encoders, backend) if isinstance(backend, str) else dict(backend)
+        if unknown := sorted(chosen.keys() - set(self.encoders)):
+            rule = f"among {', '.join(self.encoders)}"
+            raise ValueError(f"MervVideoModel: encoders must be {rule}, got {', '.join(unknown)}")
+        for name, choice in chosen.items():
+            check_attention(self.encoders[name], choice)
+        return chosen
 
     def prepare(self, pixel_values_videos: Tensor | Sequence[Tensor]) -> list[Tensor]:
         """Every encoder's input from the decoded frames, on the model's device.

@@ -1,9 +1,20 @@
 """What stands between the encoders and the language model."""
 
 from merv_fast.modules.architecture import Architecture
-from merv_fast.modules.attention import attention
+from merv_fast.modules.attention import attention, attention_of, attention_versions, check_attention, set_attention
 from merv_fast.modules.fusion import build_fusion, convert_fusion_state_dict
 from merv_fast.modules.projectors import build_projector
 from merv_fast.modules.tail import Tail
 
-__all__ = ["Architecture", "Tail", "attention", "build_fusion", "build_projector", "convert_fusion_state_dict"]
+__all__ = [
+    "Architecture",
+    "Tail",
+    "attention",
+    "attention_of",
+    "attention_versions",
+    "build_fusion",
+    "build_projector",
+    "check_attention",
+    "convert_fusion_state_dict",
+    "set_attention",
+]

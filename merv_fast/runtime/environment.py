@@ -23,8 +23,8 @@ REQUIRED = {
 }
 OPTIONAL = {
     "nvidia-dali-cuda130": ("dali", "decoding on a GPU"),
-    "xformers": ("xformers", "nothing yet (attention kernels)"),
-    "flash-attn": ("flash-attn", "nothing yet (attention kernels)"),
+    "xformers": ("xformers", "attention of the encoders, where chosen"),
+    "flash-attn": ("flash-attn", "attention of the encoders, where chosen"),
     "ray": ("ray", "nothing yet (encoding a corpus)"),
     "vllm": ("vllm", "nothing yet (serving the language model)"),
 }
