@@ -43,7 +43,7 @@ def measure(calls: Sequence[Call], device: str, *, graph: bool = False, seconds:
 
 
 def take_turns(
-    ways: Sequence[Sequence[Call]], device: str, *, graph: bool = False, seconds: float = 0.1
+    ways: Sequence[Sequence[Call]], device: str, *, graph: bool = False, seconds: float = 0.1, least: int = LEAST
 ) -> list[list[float]]:
     """Milliseconds of every run of every way, one of each in turn, so that their ratios survive a busy machine.
 
@@ -55,7 +55,8 @@ def take_turns(
         ways: at least one, each of at least one call.
         device: "cuda", the current one, or "cpu", where caches are left as they are.
         graph: whether calls replay what `capture` made, which needs no waiting.
-        seconds: about how long to warm up each way, and then to measure it, unless LEAST repeats take longer.
+        seconds: about how long to warm up each way, and then to measure it, unless ``least`` repeats take longer.
+        least: repeats of each way.
     """
 
     def run(turn: int, calls: Sequence[Call]) -> Callable[[], float]:
@@ -71,7 +72,7 @@ def take_turns(
         elapsed = time.perf_counter() - started
         if elapsed >= seconds * len(ways) and warmed >= max(map(len, ways)):
             break
-    repeats = repeats_in(seconds * len(ways), elapsed / warmed)
+    repeats = repeats_in(seconds * len(ways), elapsed / warmed, least)
     taken = [[run(turn, calls) for calls in ways] for turn in range(repeats)]
     if device == "cuda":
         torch.cuda.synchronize()
@@ -140,8 +141,8 @@ def larger_than_cache() -> Tensor:
     return torch.empty(4 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.int8, device="cuda")
 
 
-def repeats_in(seconds: float, each: float) -> int:
-    return min(MOST, max(LEAST, math.ceil(seconds / each)))
+def repeats_in(seconds: float, each: float, least: int = LEAST) -> int:
+    return min(MOST, max(least, math.ceil(seconds / each)))
 
 
 def spread(times: Sequence[float]) -> Timing:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.cases import MERV, Case, Setup, Way, referenced, tensors_of
-from bench.clock import capture, spread, take_turns
+from bench.clock import LEAST, capture, spread, take_turns
 from bench.provenance import name_device
 from bench.table import Row, split_name
 from bench.verify import in_float64, in_other_memory, verify
@@ -38,6 +38,7 @@ class Entry(NamedTuple):
         graph: whether a GPU replays the calls as CUDA graphs, without the host's time.
         needs: packages that some ways need, by name of the way.
         native: whether its op needs the native kernels to be fit to measure.
+        least: how often each way is run at least.
     """
 
     case: Case
@@ -46,6 +47,7 @@ class Entry(NamedTuple):
     graph: bool = False
     needs: Mapping[str, Sequence[str]] = {}
     native: bool = False
+    least: int = LEAST
 
     @property
     def names(self) -> tuple[str, str]:
@@ -106,7 +108,8 @@ class Comparison:
         if not self.times:
             ready = self.ready()
             device, graph = self.entry.setup.device, self.entry.graph
-            taken = take_turns(list(ready.values()), device, graph=graph, seconds=SECONDS[device]) if ready else []
+            settings = {"graph": graph, "seconds": SECONDS[device], "least": self.entry.least}
+            taken = take_turns(list(ready.values()), device, **settings) if ready else []
             self.times = dict(zip(ready, taken, strict=True))
             self.verify(impl)
         return self.times[impl]

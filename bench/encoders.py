@@ -20,7 +20,8 @@ from transformers import (
     VivitModel,
 )
 
-from bench.baselines import ReferenceEncoder, encode, run_block
+from bench import baselines
+from bench.baselines import ReferenceEncoder, run_block
 from bench.cases import COMPILED, EAGER, MERV, OURS, Case, Setup, Way, compile_once
 from bench.comparison import Entry
 from bench.counting import count, parameters
@@ -29,10 +30,11 @@ from merv_fast.kernels._launch import Cost
 from merv_fast.models.configuration import MERV_BASE, MervConfig, MervEncoderConfig
 from merv_fast.models.video_model import MervVideoModel
 
-__all__ = ["TRANSFORMERS", "encoder_configs", "entries"]
+__all__ = ["SERIAL", "TRANSFORMERS", "encoder_configs", "entries", "place", "rand_pixels", "sizes", "video_model"]
 
-TRANSFORMERS = "transformers"
-BATCHES = {"cuda": (1, 8), "cpu": (1,)}
+TRANSFORMERS, SERIAL = "transformers", "merv_fast, one after another"
+BATCHES, ALONE = {"cuda": (1, 2, 4, 8), "cpu": (1, 4)}, {"cuda": (1, 8), "cpu": (1,)}
+"""Of all four, and of each alone."""
 SMALL = {"image_size": 112, "width": 192, "heads": 3, "mlp_width": 768, "depth": 4}
 
 
@@ -43,7 +45,7 @@ def entries(device: str) -> Iterator[Entry]:
     for B in BATCHES[device]:
         yield all_encoders(setup, B, configs)
     for config in configs.values():
-        for B in BATCHES[device]:
+        for B in ALONE[device]:
             yield one_encoder(setup, B, config)
 
 
@@ -95,11 +97,16 @@ def all_encoders(setup: Setup, B: int, configs: dict[str, EncoderConfig]) -> Ent
     def ours(pixels: list[Tensor], model: MervVideoModel, wholes: nn.ModuleList) -> list[Tensor]:
         return model.encode(pixels)
 
+    def serially(pixels: list[Tensor], model: MervVideoModel, wholes: nn.ModuleList) -> list[Tensor]:
+        return baselines.encode(model.encoders.values(), pixels)
+
     def theirs(pixels: list[Tensor], model: MervVideoModel, wholes: nn.ModuleList, run: Any = None) -> list[Tensor]:
-        return encode([partial(whole, run=run) for whole in wholes], pixels)
+        return baselines.encode([partial(whole, run=run) for whole in wholes], pixels)
 
     ways = [Way(OURS, ours, [theirs]), Way(EAGER, theirs)]
     if setup.device == "cuda":
+        ways.append(Way(SERIAL, serially, [theirs]))
+    if setup.device == "cuda" and B in ALONE["cuda"]:
         ways.append(Way(COMPILED, partial(theirs, run=compile_once(run_block)), [theirs]))
     name = f"encoders, all four, {sizes(configs['dinov2'])}"
     cost = partial(encoder_cost, list(configs.values()), B, setup.dtype.itemsize)

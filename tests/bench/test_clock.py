@@ -33,6 +33,7 @@ def test_repeats_fill_the_time_within_bounds():
     assert clock.repeats_in(1.0, 10.0) == clock.LEAST
     assert clock.repeats_in(1.0, 0.02) == 50
     assert clock.repeats_in(1.0, 1e-9) == clock.MOST
+    assert clock.repeats_in(1.0, 100.0, least=3) == 3
 
 
 def test_ways_are_run_in_turns(monkeypatch):
