@@ -76,6 +76,7 @@ LEFT=$(clamp $(((END - SECONDS) / 2)) 60 200)
 stage kernels "$LEFT" "$PYTHON" -m bench.kernels --json "$OUT/kernels.json" --seconds $((LEFT - 30))
 stage attention 60 "$PYTHON" -m bench.attention --json "$OUT/attention.json"
 stage memory 60 "$PYTHON" -m bench.memory --json "$OUT/memory.json"
+stage precision 40 "$PYTHON" -m bench.precision --json "$OUT/precision.json"
 LEFT=$(clamp $((END - SECONDS)) 50 200)
 # bench.kernels has just measured the operators.
 stage bench "$LEFT" bash -c 'pytest bench/ --ignore=bench/test_ops.py --benchmark --seconds "$0" \
