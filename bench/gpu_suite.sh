@@ -55,6 +55,8 @@ export PYTHON OUT
 stage tests-kernels 240 bash -c 'pytest -n 12 --dist worksteal tests/kernels tests/ops tests/bench/test_clock.py' &
 stage build 120 "$PYTHON" csrc/build.py
 stage tests-csrc 120 bash -c 'pytest -n 4 --dist worksteal tests/csrc' &
+stage tests-runtime 120 bash -c 'pytest tests/runtime/test_graphs.py tests/runtime/test_concurrent.py \
+    tests/modules/test_fp8.py tests/modules/test_attention.py' &
 # Compiles what the sanitizer is to see, so that it sees no compiler.
 stage launches 120 "$PYTHON" -m bench.sanitize
 SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer /opt/nvidia/*/compute-sanitizer 2>/dev/null | head -1)

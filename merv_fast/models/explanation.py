@@ -10,6 +10,7 @@ from merv_fast.models.merv_model import MervModel
 from merv_fast.models.modeling import MervForConditionalGeneration
 from merv_fast.models.prefix import sharing_obstacle
 from merv_fast.models.video_model import MervVideoModel
+from merv_fast.runtime.placement import bytes_copied
 
 __all__ = ["Choice", "Explanation", "explain"]
 
@@ -53,17 +54,24 @@ def explain(model: MervModel | MervForConditionalGeneration | MervVideoModel) ->
 
 def _choices(model: Any) -> Iterator[Choice]:
     video = model if isinstance(model, MervVideoModel) else model.video_model
-    where = f"{video.device}, {str(video.dtype).removeprefix('torch.')}"
+    dtype, placement = str(video.dtype).removeprefix("torch."), video.placement
+    where = f"{video.device}, {dtype}"
     yield Choice("prepare", "resample_frames, normalise", str(video.device), "frames go to the device once, as uint8")
     for name, config in video.config.encoder_configs().items():
         blocks = "" if not hasattr(config, "blocks") else f"{config.blocks} of {config.depth} blocks, "
         size = f"{config.num_frames} frames -> {config.slots} slots x {config.tokens_per_slot} tokens x {config.width}"
-        yield Choice(f"encoder {name}", f"{blocks}attention: {video.attention[name]}", where, size)
-    runs = "side by side, a stream each" if video.device.type == "cuda" else "one after another"
+        runs, its = f"{blocks}attention: {video.attention[name]}", f"{placement.devices[name]}, {dtype}"
+        yield Choice(f"encoder {name}", runs, its, size)
+    devices = sorted({str(device) for device in placement.devices.values()})
+    runs = "side by side, a stream each" if any("cuda" in device for device in devices) else "one after another"
     size = f"{video.videos_at_once()} videos at a time, about {video.bytes_per_video() / 2**20:.0f} MiB each"
-    yield Choice("encoders", runs, where, size)
+    if devices != [str(video.device)]:
+        copied = bytes_copied(video.encoder_configs, placement, video.dtype.itemsize) / 2**20
+        size += f", {copied:.0f} MiB of each between devices"
+    yield Choice("encoders", runs, f"{', '.join(devices)}, {dtype}", f"{size}; {placement.reason}")
     for part, op, reason in video.tail.plan:
         yield Choice(part, op, where, reason)
+    yield _graphs(video, where)
     if model is not video:
         llm = model.language_model
         attention = f"attention: {llm.config._attn_implementation}"
@@ -72,6 +80,14 @@ def _choices(model: Any) -> Iterator[Choice]:
         obstacle = sharing_obstacle(model, {})
         runs = "each prompt from its start" if obstacle else "what prompts about a video begin with, once"
         yield Choice("prefill", runs, llm_where, obstacle or "the language model's cache can be copied and filled up")
+
+
+def _graphs(video: MervVideoModel, where: str) -> Choice:
+    """What is replayed as CUDA graphs."""
+    if video.graphs is None:
+        return Choice("CUDA graphs", "none", "-", "MervVideoModel.use_graphs was not called")
+    names = [name for name in ("encode", "fuse") if getattr(video.graphs, name).obstacle is None]
+    return Choice("CUDA graphs", " and ".join(names) or "none", where, str(video.graphs))
 
 
 def _between_calls(vidlm: MervModel) -> Iterator[Choice]:

@@ -68,6 +68,7 @@ def model_identity(model: MervVideoModel, cache: VideoCache) -> str | None:
     parts = kept_parts(model, cache.keep)
     if any(module.training for module in parts.modules()):
         return None
+    devices = [model.device, *model.placement.devices.values()]
     tail = [model.config.arch_specifier, model.config.feature_fusion, model.tail.plan]
     return digest_json(
         {
@@ -78,7 +79,8 @@ def model_identity(model: MervVideoModel, cache: VideoCache) -> str | None:
             "encoders": repr(model.encoder_configs),
             "attention": [attention_versions(encoder) for encoder in model.encoders.values()],
             "tail": tail if cache.keep == "tokens" else None,
-            "arithmetic": arithmetic(model.device, model.dtype),
+            # Kinds of devices, not their numbers: GPUs of one kind compute the same.
+            "arithmetic": [arithmetic(device, model.dtype) for device in devices],
             "versions": versions(),
         }
     )

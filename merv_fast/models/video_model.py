@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +21,14 @@ from merv_fast.modules import Architecture, Tail, build_fusion, build_projector
 from merv_fast.modules.attention import attention_of, check_attention, set_attention
 from merv_fast.runtime.chunking import in_chunks
 from merv_fast.runtime.concurrent import ConcurrentEncoders
+from merv_fast.runtime.front_end import FrontEndGraphs
+from merv_fast.runtime.placement import Placement, choose_devices, devices_of, move_encoders
 from merv_fast.spans import span
 from merv_fast.video.prepare import prepare_all
 
 __all__ = ["MervPreTrainedModel", "MervVideoModel", "MervVideoOutput"]
+
+logger = logging.getLogger("merv_fast")
 
 CPU_BUDGET = 4 * 2**30
 
@@ -57,6 +61,13 @@ class MervPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _skip_keys_device_placement = ("past_key_values",)
     supports_gradient_checkpointing = True  # of the language model; encoders are frozen, as a rule
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tail of the video model is; encoders may be elsewhere."""
+        tail = getattr(self.base_model, "tail", None)
+        weight = None if tail is None else next(tail.parameters(), None)
+        return super().device if weight is None else weight.device
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -104,8 +115,8 @@ class MervVideoModel(MervPreTrainedModel):
 
     Attributes:
         concurrent: runs the encoders; on a GPU side by side.
-        encode_budget: bytes that encoding may take beside weights and results, from which follows how many videos are
-            encoded at a time. None is a quarter of the GPU's memory, or 4 GiB on a CPU.
+        encode_budget: bytes that encoding may take on each device beside weights and results, from which follows how
+            many videos are encoded at a time. None is a quarter of a GPU's memory, and 4 GiB on a CPU.
     """
 
     _keys_to_ignore_on_load_unexpected = (r"^language_model\.",)
@@ -142,6 +153,7 @@ class MervVideoModel(MervPreTrainedModel):
         self.num_video_tokens = self.tail.output_tokens
         self.concurrent = ConcurrentEncoders(self.encoders)
         self.encode_budget: int | None = None
+        self._placed: Placement | None = None
         self.post_init()
 
     @property
@@ -173,6 +185,45 @@ class MervVideoModel(MervPreTrainedModel):
         for name, choice in chosen.items():
             check_attention(self.encoders[name], choice)
         return chosen
+
+    @property
+    def placement(self) -> Placement:
+        """Where each encoder is now, and why."""
+        devices, tail = devices_of(self.encoders), self.device
+        if self._placed is not None and (self._placed.devices, self._placed.tail) == (devices, tail):
+            return self._placed
+        reason = "where the model is" if set(devices.values()) == {tail} else "moved by other means than place"
+        return Placement(devices, tail, reason)
+
+    def place(self, placement: str | Mapping[str, str | torch.device]) -> Placement:
+        """Move encoders to devices of their own: ``{"dinov2": "cuda:1", "siglip": "cuda:2"}`` or ``"balanced"``.
+
+        Encoders that are not named are, or come back, to the model's own device, where frames are prepared and the tail
+        runs. `encode` sends each encoder its input and gathers the tokens, all encoders running at the same time. If
+        one cannot be moved, none is. A state dict has the same names and values as before, and a placement is not saved
+        with a model. ``model.to(device)`` moves all encoders to that device, which ends the placement;
+        ``model.to(dtype)`` keeps it.
+
+        Args:
+            placement: as `merv_fast.runtime.placement.choose_devices` takes it; ``{}`` ends a placement.
+
+        Returns:
+            Where encoders are now and why, as ``placement`` and `explain` say too. With fewer than two GPUs
+            ``"balanced"`` leaves them on the model's device, and a warning says so.
+
+        Raises:
+            ValueError: no such encoder or device, a model without weights or on the ``meta`` device, or what computes
+                the attention of an encoder does not serve there.
+            torch.OutOfMemoryError: an encoder does not fit.
+        """
+        if next(self.tail.parameters(), None) is None:
+            raise ValueError("place: tail must have weights, which say where it is, got none")
+        placed = choose_devices(placement, self.encoder_configs, self.device)
+        move_encoders(self.encoders, placed.devices)
+        self._placed = placed
+        if placement == "balanced" and set(placed.devices.values()) == {placed.tail}:
+            logger.warning("place: all encoders stay on %s: %s", placed.tail, placed.reason)
+        return placed
 
     def prepare(self, pixel_values_videos: Tensor | Sequence[Tensor]) -> list[Tensor]:
         """Every encoder's input from the decoded frames, on the model's device.
@@ -210,26 +261,59 @@ class MervVideoModel(MervPreTrainedModel):
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             # What a backward pass needs is kept in any case.
             return self.concurrent(inputs)
-        return in_chunks(self.concurrent, inputs, self.videos_at_once())
+        call = self.concurrent if self.graphs is None else self.graphs.encode
+        return in_chunks(call, inputs, self.videos_at_once())
 
     def videos_at_once(self) -> int:
-        """How many videos ``encode_budget`` has room for, at least 1."""
-        budget = self.encode_budget
-        if budget is None:
-            on_gpu = self.device.type == "cuda"
-            budget = torch.cuda.get_device_properties(self.device).total_memory // 4 if on_gpu else CPU_BUDGET
-        return max(1, budget // self.bytes_per_video())
+        """How many videos ``encode_budget`` has room for on every device, at least 1."""
+        together: dict[torch.device, list[str]] = {}
+        for name, device in self.placement.devices.items():
+            together.setdefault(device, []).append(name)
+        rooms = [self._budget(device) // self.bytes_per_video(names) for device, names in together.items()]
+        return max(1, min(rooms))
 
-    def bytes_per_video(self) -> int:
-        """What encoding one video takes at its peak, beside weights and results."""
-        configs = self.encoder_configs.values()
+    def _budget(self, device: torch.device) -> int:
+        if self.encode_budget is not None:
+            return self.encode_budget
+        on_gpu = device.type == "cuda"
+        return torch.cuda.get_device_properties(device).total_memory // 4 if on_gpu else CPU_BUDGET
+
+    def bytes_per_video(self, encoders: Iterable[str] | None = None) -> int:
+        """What encoding one video takes at its peak, in those encoders or in all, beside weights and results."""
+        configs = [self.encoder_configs[name] for name in encoders or self.encoders]
         numbers = (ALIVE[hasattr(c, "stages")] * c.slots * c.tokens_per_slot * c.width for c in configs)
         return sum(numbers) * self.dtype.itemsize
 
     def fuse(self, features: Sequence[Tensor]) -> MervVideoOutput:
         """Visual tokens [B, S, D] and encoder weights [B, E] from every encoder's tokens."""
-        tokens, weights = self.tail(list(features))
+        call = self.tail if self.graphs is None or torch.compiler.is_compiling() else self.graphs.fuse
+        tokens, weights = call(list(features))
         return MervVideoOutput(pooler_output=tokens, encoder_weights=weights)
+
+    graphs: FrontEndGraphs | None = None
+
+    def use_graphs(self, max_graphs: int | None = 4, max_bytes: int | None = None) -> None:
+        """Replay `encode` and `fuse` as CUDA graphs while gradients are disabled, with the kernels of a plain call.
+
+        Each shape is captured when it first comes, and one video at once. ``graphs`` tells, printed, which there are
+        and what they take; ``graphs.obstacle`` why there are none, as on a CPU or in training mode. A copy of the model
+        has no graphs.
+
+        Args:
+            max_graphs: shapes that are kept of each of the two, the least recently used one making room; None for no
+                graphs from now on.
+            max_bytes: of all graphs and their buffers, all of which are dropped when there are more; None for no bound.
+
+        Raises:
+            ValueError: ``max_graphs`` is not positive.
+        """
+        if self.graphs is not None:
+            self.graphs.pool.clear()
+        self.graphs = None
+        if max_graphs is not None:
+            configs = self.encoder_configs.values()
+            shapes = [(1, config.num_frames, 3, config.recipe.size, config.recipe.size) for config in configs]
+            self.graphs = FrontEndGraphs(self.concurrent, self.tail, shapes, max_graphs=max_graphs, max_bytes=max_bytes)
 
     def get_video_features(
         self, pixel_values_videos: Tensor | Sequence[Tensor], return_dict: bool | None = None, **kwargs: Any

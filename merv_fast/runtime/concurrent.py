@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +23,10 @@ class ConcurrentEncoders:
 
     On a GPU every lane is a stream: it begins when the caller's stream is done with what it has been given, and the
     caller's stream goes on when all lanes are done, also after an error, which reaches the caller. A lane whose weights
-    lie on another GPU gets its input and gives back its output by a copy. On a CPU encoders run one after another.
+    lie on another GPU gets its input and gives back its output by a copy between the two, beside all other lanes. On a
+    CPU encoders run one after another.
 
-    A call may be captured in a CUDA graph. Under ``torch.compile`` encoders run one after another.
+    With all on one GPU a call may be captured in a CUDA graph. Under ``torch.compile`` encoders run one after another.
 
     Args:
         encoders: E modules of one tensor; by name, or a sequence.
@@ -83,26 +86,58 @@ class ConcurrentEncoders:
             return [moved(module(x.to(device)), x.device) for module, x, device in pairs]
         outputs: list[Any] = [None] * len(modules)
         streams, started = self._streams, []
-        home = next((x.device for x in inputs if x.device.type == "cuda"), next(d for d in devices if d.type == "cuda"))
-        caller = streams.current(home)
+
+        def fork(device: torch.device, number: int) -> Any:
+            stream = streams.side(device, number)
+            streams.wait(stream, streams.current(device))
+            started.append((device, stream))
+            return stream
+
         try:
-            for device, number, members in self.plan(devices):
-                stream = streams.side(device, number)
-                streams.wait(stream, caller)
-                started.append(stream)
-                with streams.use(stream):
-                    for member in members:
-                        x = inputs[member]
-                        streams.keep(x, stream)
-                        outputs[member] = moved(modules[member](x.to(device, non_blocking=True)), x.device)
+            for position, (device, number, members) in enumerate(self.plan(devices)):
+                lane = fork(device, number)
+                # A copy between GPUs runs on the current stream of each, and makes each wait for the other: between the
+                # lane and the caller's own stream, it would hold up all lanes after it.
+                others = {inputs[member].device for member in members} - {device}
+                gates = {gpu: fork(gpu, len(modules) + position) for gpu in others if gpu.type == "cuda"}
+                own = self._run_lane([(modules[member], inputs[member]) for member in members], device, lane, gates)
+                for member, output in zip(members, own, strict=True):
+                    outputs[member] = output
             for member, device in enumerate(devices):
                 if device.type != "cuda":
                     x = inputs[member]
                     outputs[member] = moved(modules[member](x.to(device)), x.device)
         finally:
-            for stream in started:
-                streams.wait(caller, stream)
-        return [tree_map_only(Tensor, lambda y: kept(y, streams, caller), output) for output in outputs]
+            for device, stream in started:
+                streams.wait(streams.current(device), stream)
+        for member, (x, device) in enumerate(zip(inputs, devices, strict=True)):
+            last = x.device if x.device.type == "cuda" else device
+            if last.type == "cuda":
+                keep = partial(kept, streams=streams, stream=streams.current(last))
+                outputs[member] = moved(tree_map_only(Tensor, keep, outputs[member]), x.device)
+        return outputs
+
+    def _run_lane(
+        self, calls: Sequence[tuple[nn.Module, Tensor]], device: torch.device, lane: Any, gates: dict[torch.device, Any]
+    ) -> list[Any]:
+        """Outputs of modules one after another, on the GPUs of their inputs, to which ``gates`` are the streams."""
+        streams = self._streams
+
+        def gate(gpu: torch.device) -> AbstractContextManager[Any]:
+            return streams.use(gates[gpu]) if gpu in gates else nullcontext()
+
+        with streams.use(lane):
+            arrived, outputs = [], []
+            for _, x in calls:
+                with gate(x.device):
+                    streams.keep(x, gates.get(x.device, lane))
+                    arrived.append(x.to(device, non_blocking=True))
+            for (module, x), here in zip(calls, arrived, strict=True):
+                output = module(here)
+                with gate(x.device):
+                    # To a CPU it goes when all lanes have been given their work, for that waits.
+                    outputs.append(moved(output, x.device) if x.device.type == "cuda" else output)
+            return outputs
 
     def plan(self, devices: Sequence[torch.device]) -> list[tuple[torch.device, int, list[int]]]:
         """(GPU, lane, encoders in order) of every lane, those with most to do first."""

@@ -11,7 +11,18 @@ import pytest
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
 ROOT = Path(__file__).parent.parent.parent
-STAGES = ["tests-kernels", "build", "tests-csrc", "launches", "kernels", "attention", "memory", "precision", "bench"]
+STAGES = [
+    "tests-kernels",
+    "build",
+    "tests-csrc",
+    "tests-runtime",
+    "launches",
+    "kernels",
+    "attention",
+    "memory",
+    "precision",
+    "bench",
+]
 
 STUB = """#!/usr/bin/env bash
 case "$*" in

@@ -32,6 +32,18 @@ def gpu(monkeypatch):
     return calls
 
 
+def test_graphs(tiny):
+    assert row(tiny, "CUDA graphs").runs == "none"
+    assert "use_graphs was not called" in row(tiny, "CUDA graphs").why
+    try:
+        tiny.model.video_model.use_graphs()
+        # On a CPU there are none, and it says so.
+        assert row(tiny, "CUDA graphs").runs == "none"
+        assert "cpu" in row(tiny, "CUDA graphs").why.lower()
+    finally:
+        tiny.model.video_model.use_graphs(None)
+
+
 def test_prefixes(tiny, monkeypatch):
     assert row(tiny, "prefill").runs == "what prompts about a video begin with, once"
     assert row(tiny.model, "prefill") == row(tiny, "prefill")

@@ -1,8 +1,10 @@
-"""Streams that only write down who waits for whom, and tell which of two pieces of work is sure to come first."""
+"""Streams and graphs that only write down who waits for whom, and tell which of two pieces of work comes first."""
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 class RecordingStreams:
@@ -71,3 +73,99 @@ class Recorded(torch.nn.Module):
         out = x * self.factor
         self.streams.write(out)
         return out
+
+
+class RecordingGraphs(RecordingStreams):
+    """Graphs that do when replayed what was captured; before that, their outputs hold nothing.
+
+    Beside what streams check: that nothing is written while it may still be read, that a graph is captured alone, that
+    it reads weights where they were captured, and that it is dropped only when the host knows its replays to be done.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.reads, self.host = [], {}, {}
+        self.modules, self.live, self.pools = [], [], []
+        self.captures = self.replays = self.size = self.growth = 0
+        self.in_capture = False
+        self.before_capture = lambda: None
+
+    def serves(self, device):
+        return True
+
+    def capturing(self):
+        return self.in_capture
+
+    def write(self, tensor):
+        for stream, count in self.reads.pop(tensor.data_ptr(), []):
+            assert self.clocks[self.active].get(stream, 0) >= count, f"{self.active} writes while {stream} may read"
+        super().write(tensor)
+        # An address stands for one tensor.
+        self.alive.append(tensor)
+
+    def read(self, tensor):
+        assert tensor.data_ptr() in self.written, f"{self.active} reads what nothing has written"
+        super().read(tensor)
+        clock = self.clocks[self.active]
+        clock[self.active] = clock.get(self.active, 0) + 1
+        self.reads.setdefault(tensor.data_ptr(), []).append((self.active, clock[self.active]))
+
+    def copy(self, target, source):
+        self.read(source)
+        for dim, stride in enumerate(target.stride()):
+            if not stride:
+                target, source = target.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
+        target.copy_(source)
+        self.write(target)
+
+    def synchronise(self, device):
+        for clock in self.clocks.values():
+            for name, count in clock.items():
+                self.host[name] = max(self.host.get(name, 0), count)
+
+    def pool(self):
+        self.pools.append([])
+        return self.pools[-1]
+
+    def capture(self, call, pool):
+        assert not self.in_capture, "two captures at once"
+        assert not pool or any(graph in self.live for graph in pool), "a pool is used again whose graphs are gone"
+        self.before_capture()
+        self.in_capture, self.captures = True, self.captures + 1
+        try:
+            outputs = call()
+        finally:
+            self.in_capture = False
+        for y in tree_leaves(outputs):
+            self.read(y)
+        outputs = tree_map(lambda y: torch.full((span_of(y),), float("nan")).as_strided(y.shape, y.stride()), outputs)
+        graph = SimpleNamespace(call=call, outputs=outputs, weights=self.addresses(), last=None)
+        self.size += self.growth
+        pool.append(graph)
+        self.live.append(graph)
+        return graph, outputs
+
+    def replay(self, graph):
+        assert graph in self.live, "a graph is replayed that was dropped"
+        assert graph.weights == self.addresses(), "weights are read where they were"
+        self.replays += 1
+        for target, source in zip(tree_leaves(graph.outputs), tree_leaves(graph.call()), strict=True):
+            self.copy(target, source)
+        graph.last = self.active, self.clocks[self.active].get(self.active, 0)
+
+    def release(self, graph):
+        if graph.last is not None:
+            stream, count = graph.last
+            assert self.host.get(stream, 0) >= count, "a graph is dropped whose replay may be under way"
+        self.live.remove(graph)
+
+    def reserved(self, device):
+        return self.size
+
+    def addresses(self):
+        return [weight.data_ptr() for module in self.modules for weight in module.parameters()]
+
+
+def span_of(x):
+    """Elements from the first to the last of ``x`` in memory."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))

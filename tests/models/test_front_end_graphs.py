@@ -1,0 +1,123 @@
+"""A model whose encoders and tail are in graphs, which are played."""
+
+import copy
+
+import pytest
+import torch
+
+from merv_fast.models.identity import model_identity
+from merv_fast.models.video_model import MervVideoModel
+from merv_fast.runtime.cache import VideoCache
+from merv_fast.runtime.front_end import FrontEndGraphs
+from tests.models.test_merv_model import GREEDY, QUESTIONS, prompt
+from tests.runtime.happens_before import RecordingGraphs
+
+
+class PlayedGraphs(RecordingGraphs):
+    """Without the order of reads and writes, which these modules do not tell."""
+
+    def read(self, tensor):
+        pass
+
+    def write(self, tensor):
+        pass
+
+
+@pytest.fixture
+def video_model(tiny):
+    model = tiny.model.video_model
+    yield model
+    model.encode_budget, model.graphs = None, None
+
+
+@pytest.fixture
+def graphs(video_model, monkeypatch):
+    """Turns graphs on, which are played."""
+    played = PlayedGraphs()
+    made = FrontEndGraphs.__init__
+    monkeypatch.setattr(
+        FrontEndGraphs, "__init__", lambda self, *args, **kwargs: made(self, *args, **kwargs, graphs=played)
+    )
+    video_model.use_graphs()
+    return played
+
+
+def inputs_of(model, batch):
+    configs = model.encoder_configs.values()
+    return [torch.randn(batch, c.num_frames, 3, c.recipe.size, c.recipe.size) for c in configs]
+
+
+def test_off_unless_asked_for(video_model):
+    assert video_model.graphs is None
+    video_model.use_graphs()
+    assert video_model.graphs.obstacle == "weights are on cpu, which has no CUDA graphs"
+    with torch.inference_mode():
+        video_model.fuse(video_model.encode(inputs_of(video_model, 1)))
+    video_model.use_graphs(None)
+    assert video_model.graphs is None
+    with pytest.raises(ValueError, match="max_graphs must be at least 1, got 0"):
+        video_model.use_graphs(0)
+
+
+def test_encode_and_fuse_are_replayed(video_model, graphs):
+    # One video was captured at once.
+    assert (graphs.captures, graphs.replays) == (2, 1)
+    for batch in (1, 3, 1):
+        inputs = inputs_of(video_model, batch)
+        with torch.inference_mode():
+            features = video_model.encode(inputs)
+            output = video_model.fuse(features)
+            expected = video_model.concurrent(inputs)
+            tokens, weights = video_model.tail(expected)
+        assert all(torch.equal(y, e) for y, e in zip(features, expected, strict=True))
+        assert torch.equal(output.pooler_output, tokens)
+        assert torch.equal(output.encoder_weights, weights)
+    assert (graphs.captures, graphs.replays) == (4, 7)
+
+
+def test_parts_of_a_batch_are_shapes(video_model, graphs):
+    video_model.encode_budget = int(2.9 * video_model.bytes_per_video())
+    with torch.inference_mode():
+        video_model.encode(inputs_of(video_model, 3))
+    assert [bucket.shapes[0][0] for bucket in video_model.graphs.encode.buckets] == [2, 1]
+
+
+def test_with_gradients_nothing_is_replayed(video_model, graphs):
+    before = graphs.replays
+    assert video_model.fuse(video_model.encode(inputs_of(video_model, 1))).pooler_output.requires_grad
+    assert graphs.replays == before
+
+
+def test_the_same_answers_under_the_same_key(tiny, clips, video_model, graphs):
+    cache = VideoCache()
+    replayed, key = tiny.generate(clips[0], prompt(tiny, QUESTIONS[0]), **GREEDY), model_identity(video_model, cache)
+    assert graphs.replays > 1
+    video_model.use_graphs(None)
+    assert graphs.live == []
+    assert tiny.generate(clips[0], prompt(tiny, QUESTIONS[0]), **GREEDY) == replayed
+    assert model_identity(video_model, cache) == key
+
+
+def test_a_copy_of_the_model_has_none(video_model, graphs):
+    other = copy.deepcopy(video_model)
+    assert isinstance(other, MervVideoModel)
+    assert other.graphs is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_replays_on_a_gpu_are_the_plain_results(video_model):
+    model = copy.deepcopy(video_model).to("cuda", torch.bfloat16)
+    model.use_graphs()
+    assert model.graphs.obstacle is None
+    with torch.inference_mode():
+        for turn in range(200):
+            inputs = [x.to("cuda", torch.bfloat16) for x in inputs_of(model, 1 + turn % 3)]
+            features = model.encode(inputs)
+            output = model.fuse(features)
+            expected = [encoder(x) for encoder, x in zip(model.encoders.values(), inputs, strict=True)]
+            tokens, weights = model.tail(expected)
+            assert all(torch.equal(y, e) for y, e in zip(features, expected, strict=True))
+            assert torch.equal(output.pooler_output, tokens)
+            assert torch.equal(output.encoder_weights, weights)
+    assert [len(call.buckets) for call in model.graphs.pool.calls] == [3, 3]
+    assert not model.graphs.encode.plain_calls
