@@ -135,7 +135,7 @@ def draw_batches(ax: Axes, results: Results, device: str) -> bool:
         style = {"color": f"C{place // 2 % 10}", "linestyle": "--" if impl == EAGER else "-", "marker": "o"}
         ax.plot(sizes, [1e3 * size / times[size] for size in sizes], label=f"{op}: {impl}", **style)
     count_videos(ax, sorted({size for times in found.values() for size in times}))
-    ax.set_yscale("log")
+    ax.set_ylim(0)
     ax.set_xlabel("videos in a batch")
     ax.set_ylabel("videos a second")
     ax.legend(fontsize=6)
