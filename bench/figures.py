@@ -1,6 +1,6 @@
 """The figures of bench.report: a panel for each device, and one that says so where no GPU was measured."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ matplotlib.use("agg")
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from bench.cases import EAGER, OURS
 from bench.committed import (
@@ -44,10 +45,45 @@ def draw(results: Results, folder: Path) -> list[Path]:
                 say(ax, NO_GPU if device is None else f"{device}\nnot measured")
         figure.tight_layout()
         files.append(folder / f"{name}.png")
-        # Without a date, so that the same results give the same file.
-        figure.savefig(files[-1], dpi=90, metadata={"Software": None})
-        plt.close(figure)
+        save(figure, files[-1])
+    if results.flops:
+        files.append(folder / "flops.png")
+        draw_flops(results.flops, files[-1])
     return files
+
+
+def draw_flops(found: Mapping[str, Any], file: Path) -> None:
+    """The paper's two tables: its fusions beside what was counted, and its projectors."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2))
+    fusions = found["fusion"]
+    for place, row in enumerate(fusions.values()):
+        for offset, value, color in ((-0.2, row["poster"], GREY), (0.2, row["macs"], BLUE)):
+            left.barh(place + offset, value / 1e12, color=color, height=0.38)
+            left.text(value / 1e12, place + offset, f" {value / 1e12:.2f}", va="center", fontsize=8)
+    left.set_yticks(range(len(fusions)), list(fusions), fontsize=9)
+    left.invert_yaxis()
+    left.set_xlabel("T multiply-adds a video")
+    left.set_xlim(0, 1.15 * max(row["poster"] for row in fusions.values()) / 1e12)
+    finish(left, "fusion: paper grey, counted from the modules blue")
+    projectors = found["projector"]
+    for place, row in enumerate(projectors.values()):
+        right.barh(place, row["flops"], color=BLUE, height=0.7)
+        note = f" {row['flops']:,}; {row['params']:,} parameters"
+        right.text(row["flops"], place, note, va="center", fontsize=8)
+    right.set_yticks(range(len(projectors)), list(projectors), fontsize=9)
+    right.invert_yaxis()
+    right.set_xscale("log")
+    right.set_xlim(1e5, 1e18)
+    right.set_xlabel("operations")
+    finish(right, "projectors")
+    figure.tight_layout()
+    save(figure, file)
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Without a date, so that the same results give the same file."""
+    figure.savefig(file, dpi=90, metadata={"Software": None})
+    plt.close(figure)
 
 
 def say(ax: Axes, text: str) -> None:

@@ -26,7 +26,7 @@ def page(results: Results, figures: str) -> str:
         ("Speed against batch", "batches", batch_tables(results)),
         ("Memory", "memory", memory_tables(results)),
         ("Against Pillow, decord and one question at a time, on a CPU", None, pair_tables(results)),
-        ("Operations and parameters", None, flops_tables(results)),
+        ("Operations and parameters", "flops" if results.flops else None, flops_tables(results)),
     ]
     lines = [
         "# Benchmarks",

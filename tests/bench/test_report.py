@@ -110,6 +110,22 @@ def test_what_counts(folder):
     assert roofs(results, "another") is None
 
 
+def test_operations(folder):
+    found = {
+        "projector": {"2D Avg": {"params": 0, "flops": 2097152}},
+        "fusion": {"Cross-Attn": {"macs": 1.75e13, "poster": 1.7e13}},
+        "alike": {"Cross-Attn": {"every_product": 1.8e13}},
+    }
+    (folder / "flops.json").write_text(json.dumps(found))
+    files = report.write(read_results(folder), folder.parent / "docs")
+    assert ink(Image.open(files[-1]).convert("L"), (0.0, 0.5)) > 4000
+    assert ink(Image.open(files[-1]).convert("L"), (0.5, 1.0)) > 4000
+    text = files[0].read_text()
+    assert "| Cross-Attn | 17.00 | 17.5000 | +2.94 |" in text
+    assert "| 2D Avg | 0 | 2,097,152 |" in text
+    assert "](figures/flops.png)" in text
+
+
 def test_a_file_that_is_none(folder):
     (folder / "a.json").write_text("{")
     with pytest.raises(ValueError, match=r"a\.json"):
