@@ -29,6 +29,7 @@ test-slow: $(VENV)/installed ## The long checks.
 	$(BIN)/python -m pytest -m slow
 
 bench: $(VENV)/installed ## Verify and time everything: the kernels on a GPU, else what a CPU can do.
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[bench]'
 	$(BIN)/python -m pytest bench/ --benchmark
 
 lint: $(VENV)/installed ## Style and import rules.
