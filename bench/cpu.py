@@ -40,6 +40,9 @@ REAL = MERV._replace(batches=(1,), compiled=())
 SHORT = REAL._replace(slots=4, D=1024, query_width=768)
 """What a CPU would take seconds for: a video of four slots for a narrower language model."""
 
+LONG = 5
+"""Repeats of what takes most of a second, so that all benches together end within minutes."""
+
 RESIZE, PREPARE, POOL = "resample_frames, three encoders", "prepare_all, four encoders", "pool_tokens, 16x16x1024"
 SHARED, POOL_2D, BY_PILLOW, BY_TORCH = "pass shared", "permute, pool 2D, permute", "Pillow", "Pillow and torch"
 
@@ -63,7 +66,7 @@ def entries() -> Iterator[Entry]:
         yield from (operator_entry(case, setup) for case in make(setup))
     yield from (operator_entry(case, setup) for case in cases.temporal_cases(setup))
     yield Entry(resizing(), setup, product_of(REAL), native=True)
-    yield Entry(preparing(), setup, native=True)
+    yield Entry(preparing(), setup, native=True, least=LONG)
     for make in (partial(cases.tail_cases, hidden=True), cases.tail_training_cases):
         for case in make(short):
             op = f"{case.op}, {SHORT.slots} slots, D={SHORT.D}"
@@ -85,7 +88,7 @@ def tail_entry(case: Case, setup: Setup) -> Entry:
     """The reference's tail is compiled too."""
     eager = next(way for way in case.ways if way.name == EAGER)
     compiled = Way(COMPILED, cases.compile_once(eager.call), [eager.call])
-    return Entry(case._replace(ways=[*case.ways, compiled]), setup, product_of(setup.shapes))
+    return Entry(case._replace(ways=[*case.ways, compiled]), setup, product_of(setup.shapes), least=LONG)
 
 
 def with_two_dimensions(case: Case) -> Case:
