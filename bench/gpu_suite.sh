@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Everything there is to run on a GPU, in under 9 minutes: bash bench/gpu_suite.sh [FOLDER]
 #
-# Tests with no skip allowed, compute-sanitizer over every kernel, bench.kernels, and the rest of `pytest bench/
-# --benchmark`; with TUNE=1 also bench.tune (2 minutes, taken from those two), with TUNE=write its choices are written
-# into the kernels' sources. Logs and results go to FOLDER, or $OUT, or bench/results/<date>; a summary of at most 40
-# lines comes last. A stage that fails does not stop the others; the exit code is 1 if one did. PYTHON is the
-# interpreter, MERV_FAST_COMMIT the commit where there is no git.
+# Tests with no skip allowed, compute-sanitizer over every kernel, bench.kernels, bench.attention, bench.memory,
+# bench.precision, and the rest of `pytest bench/ --benchmark`; with TUNE=1 also bench.tune (2 minutes, taken from those
+# two), with TUNE=write its choices are written into the kernels' sources. Logs and results go to FOLDER, or $OUT, or
+# bench/results/<date>; a summary of at most 40 lines comes last. A stage that fails does not stop the others; the exit
+# code is 1 if one did. PYTHON is the interpreter, MERV_FAST_COMMIT the commit where there is no git.
 #
 # Runs from a bare checkout, nothing installed, with Python 3.12, torch 2.11, triton 3.6, transformers 5.17 (or newer),
 # numpy, safetensors, rich, pillow, hypothesis, pytest, pytest-benchmark, pytest-timeout and pytest-xdist. Wheels that

@@ -4,7 +4,7 @@ Nothing is measured here. Where no GPU result is committed yet, the page and its
 """
 
 import argparse
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +55,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def conditions(row: Row) -> str:
     """Where a row comes from."""
-    return f"{row.device}; {row.dtype}; {row.versions}; {source({'commit': row.commit, 'date': row.date})}."
+    return f"{row.device}; {row.dtype}; {row.versions}; {source(row.commit, row.date)}."
 
 
-def source(found: Mapping[str, Any]) -> str:
-    """Where a script's numbers come from."""
-    return f"commit {found['commit'][:12]}, {found['date'][:10]}"
+def source(commit: str, date: str) -> str:
+    """Which code was measured, and when."""
+    return f"commit {commit[:12]}, {date[:10]}"
 
 
 def waterfall_tables(results: Results) -> Iterator[str]:
@@ -107,7 +107,7 @@ def batch_tables(results: Results) -> Iterator[str]:
 def memory_tables(results: Results) -> Iterator[str]:
     for memory in results.memory:
         about = memory.about
-        yield f"{memory.case}; {memory.device}; {source(about)}. MiB over the weights."
+        yield f"{memory.case}; {memory.device}; {source(about['commit'], about['date'])}. MiB over the weights."
         counts = list(memory.peaks_of(memory.ways()[0]))
         rows = [(way, *(f"{size / 2**20:.0f}" for size in memory.peaks_of(way).values())) for way in memory.ways()]
         yield table(["way", *(f"{count} videos >" for count in counts)], rows)
@@ -115,7 +115,8 @@ def memory_tables(results: Results) -> Iterator[str]:
 
 def pair_tables(results: Results) -> Iterator[str]:
     for name, found in results.pairs.items():
-        yield f"`bench.{name}`: {found['machine']}, {found['threads']} threads; {source(found)}."
+        where = f"{found['machine']}, {found['threads']} threads"
+        yield f"`bench.{name}`: {where}; {source(found['commit'], found['date'])}."
         rows = [
             (
                 line["name"],

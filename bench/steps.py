@@ -5,12 +5,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from bench.baselines import ReferenceEncoder
 from bench.cases import EAGER, MERV, OURS, Case, Setup, Way
 from bench.clip import FRAMES, no_cost, prompts
 from bench.comparison import Entry
-from bench.encoders import encoder_configs, place, sizes
-from bench.waterfall import LLM, TECHNIQUES, Steps, build
+from bench.waterfall import TECHNIQUES, Steps, build, model_sizes
 from merv_fast import MervModel
 from merv_fast.models.requests import VisualTokens
 
@@ -29,14 +27,10 @@ def entries(device: str) -> Iterator[Entry]:
 def first_token(setup: Setup) -> Case:
     """Prepare, encode, fuse, prefill."""
     height, width = SIDES[setup.device]
-    llm, config = LLM[setup.device], encoder_configs(setup.device)["dinov2"]
-    name = f"{FIRST_TOKEN}, {height}p, {sizes(config)}, {llm['num_hidden_layers']} layers of {llm['hidden_size']}"
+    name = f"{FIRST_TOKEN}, {height}p, {model_sizes(setup)}"
 
     def make() -> tuple:
-        vidlm = build(setup)
-        wholes = [ReferenceEncoder(encoder) for encoder in vidlm.model.video_model.encoders.values()]
-        frames = torch.randint(0, 256, (FRAMES, height, width, 3), dtype=torch.uint8)
-        return vidlm, place(setup, nn.ModuleList(wholes)), frames
+        return *build(setup), torch.randint(0, 256, (FRAMES, height, width, 3), dtype=torch.uint8)
 
     def step(vidlm: MervModel, wholes: nn.ModuleList, frames: Tensor, ours: bool) -> Tensor:
         _, tokens = Steps(vidlm, wholes, frozenset(TECHNIQUES if ours else ())).encode(frames)

@@ -6,7 +6,7 @@ LLaMA-2-7B with a fourth of its layers; on a CPU both are small.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from merv_fast.models.requests import VisualTokens
 from merv_fast.models.tiny import tiny_processor
 from merv_fast.video import every
 
-__all__ = ["ANSWERS", "LLM", "TECHNIQUES", "Steps", "build", "entries", "names"]
+__all__ = ["ANSWERS", "TECHNIQUES", "Steps", "build", "entries", "model_sizes", "names"]
 
 TECHNIQUES = ("decode", "prepare", "encode", "fuse", "once")
 """In the order in which they are added: frames that are needed, and no others; resampling for all encoders on the
@@ -52,28 +52,24 @@ def names() -> dict[str, Chosen]:
 
 def entries(device: str) -> Iterator[Entry]:
     setup = Setup(device, torch.bfloat16 if device == "cuda" else torch.float32, MERV)
-    case = answering(setup)
-    needs = {name: ["av"] if "decode" in chosen else ["av", "decord", "PIL"] for name, chosen in names().items()}
-    needs = {name: packages if "prepare" in names()[name] else [*packages, "PIL"] for name, packages in needs.items()}
-    yield Entry(case, setup, needs=needs, least=5)
+    theirs = {"decode": ["decord"], "prepare": ["PIL"]}
+    needs = {
+        name: ["av", *(package for each, packages in theirs.items() if each not in chosen for package in packages)]
+        for name, chosen in names().items()
+    }
+    yield Entry(answering(setup), setup, needs=needs, least=5)
 
 
 def answering(setup: Setup) -> Case:
     """The answers, and the visual tokens for each question."""
-    llm, config = LLM[setup.device], encoder_configs(setup.device)["dinov2"]
-    size = f"{sizes(config)}, {llm['num_hidden_layers']} layers of {llm['hidden_size']}"
-
-    def make() -> tuple:
-        vidlm = build(setup)
-        wholes = [ReferenceEncoder(encoder) for encoder in vidlm.model.video_model.encoders.values()]
-        return vidlm, place(setup, nn.ModuleList(wholes))
 
     @lru_cache(maxsize=1)
     def right(vidlm: MervModel, wholes: nn.ModuleList) -> list[Tensor]:
         return comparable(Steps(vidlm, wholes, Chosen()).answer(sampled(all_frames())), setup)
 
     ways = [way(name, chosen, setup, right) for name, chosen in names().items()]
-    return Case(f"{ANSWERS}, three questions about the bundled clip, {size}", 1, make, right, ways, no_cost)
+    name = f"{ANSWERS}, three questions about the bundled clip, {model_sizes(setup)}"
+    return Case(name, 1, partial(build, setup), right, ways, no_cost)
 
 
 def way(name: str, chosen: Chosen, setup: Setup, right: Callable[..., Any]) -> Way:
@@ -158,8 +154,15 @@ class Steps:
         return baselines.fuse_encoders(values, *tail.fusion.folded(values[0].dtype))[0]
 
 
-def build(setup: Setup) -> MervModel:
-    """MERV with random weights, and merv-tiny's tokenizer."""
+def model_sizes(setup: Setup) -> str:
+    """Of what `build` makes, for people to read."""
+    llm = LLM[setup.device]
+    encoders = sizes(encoder_configs(setup.device)["dinov2"])
+    return f"{encoders}, {llm['num_hidden_layers']} layers of {llm['hidden_size']}"
+
+
+def build(setup: Setup) -> tuple[MervModel, nn.ModuleList]:
+    """MERV with random weights and merv-tiny's tokenizer, and its encoders as the reference runs them."""
     encoders = {name: resized(config) for name, config in encoder_configs(setup.device).items()}
     tokenizer = load_vid("merv-tiny").tokenizer
     special = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
@@ -173,7 +176,8 @@ def build(setup: Setup) -> MervModel:
     )
     with torch.device(setup.device):
         model = place(setup, MervForConditionalGeneration(config))
-    return MervModel(model, tiny_processor(model))
+    wholes = nn.ModuleList(ReferenceEncoder(encoder) for encoder in model.video_model.encoders.values())
+    return MervModel(model, tiny_processor(model)), place(setup, wholes)
 
 
 def resized(config: EncoderConfig) -> EncoderConfig:
