@@ -6,14 +6,26 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 import merv_fast
-
-if TYPE_CHECKING:
-    from merv_fast.cli.ask import Loader
+from merv_fast.cli.options import (
+    CacheOption,
+    DeviceOption,
+    DtypeOption,
+    EncoderOption,
+    EndOption,
+    FpsOption,
+    LlmOption,
+    ModelOption,
+    StartOption,
+    VideoArgument,
+    clip,
+    loader,
+    pairs,
+)
 
 app = typer.Typer(
     help="MERV, the multi-encoder video language model: ask questions about videos.",
@@ -21,37 +33,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-VideoArgument = Annotated[
-    Path, typer.Argument(help="A video, a gif, a picture, or a folder of frames.", show_default=False)
-]
-ModelOption = Annotated[
-    str,
-    typer.Option(
-        help="merv-tiny (bundled, random weights), merv-full or another published id, a directory, or a hub id."
-    ),
-]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-DtypeOption = Annotated[str, typer.Option(help="auto (bfloat16 on a GPU, else float32), float32, bfloat16 or float16.")]
-LlmOption = Annotated[
-    Path | None,
-    typer.Option(help="Folder with the language model's config.json and tokenizer.", show_default=False),
-]
-EncoderOption = Annotated[
-    list[str] | None,
-    typer.Option(help="ID=PATH: weights of an encoder, by the reference's id; repeatable.", show_default=False),
-]
-CacheOption = Annotated[
-    Path | None,
-    typer.Option(help="Folder in which encoded videos are kept, 64 GiB at most; made if need be.", show_default=False),
-]
-StartOption = Annotated[float, typer.Option(help="Where the clip starts, in seconds.")]
-FpsOption = Annotated[
-    float | None, typer.Option(help="Frames per second of a folder of frames, 3 if not given.", show_default=False)
-]
-EndOption = Annotated[
-    float | None, typer.Option(help="Where it ends, in seconds; the video's end if not given.", show_default=False)
-]
 
 
 def print_version(wanted: bool) -> None:
@@ -96,8 +77,8 @@ def ask(
 
     if stream and as_json:
         raise typer.BadParameter("--stream must be left out with --json")
-    loader = _loader(model, device, dtype, llm_path, encoder, cache)
-    answer, trained = answer_question(video, question, loader, max_new_tokens, clip(start, end, fps), windows, stream)
+    loading = loader(model, device, dtype, llm_path, encoder, cache)
+    answer, trained = answer_question(video, question, loading, max_new_tokens, clip(start, end, fps), windows, stream)
     if as_json:
         typer.echo(answer_json(answer))
     else:
@@ -122,7 +103,7 @@ def explain(
     """Show the weight of each encoder for a video, and what runs where and why."""
     from merv_fast.cli.ask import show_explanation
 
-    show_explanation(video, _loader(model, device, dtype, llm_path, encoder, cache), clip(start, end, fps))
+    show_explanation(video, loader(model, device, dtype, llm_path, encoder, cache), clip(start, end, fps))
 
 
 @app.command()
@@ -174,8 +155,8 @@ def profile(
     """Show where the time of an answer goes: a trace, a picture of it, and a table."""
     from merv_fast.cli.profile import profile_answer, show_profile
 
-    loader = _loader(model, device, dtype, llm_path, encoder)
-    result = profile_answer(video, question, loader, max_new_tokens, clip(start, end, fps), out, png)
+    loading = loader(model, device, dtype, llm_path, encoder)
+    result = profile_answer(video, question, loading, max_new_tokens, clip(start, end, fps), out, png)
     if as_json:
         typer.echo(json.dumps(asdict(result), ensure_ascii=False))
     else:
@@ -195,7 +176,7 @@ def convert(
     """Write a reference checkpoint as a directory that merv_fast and transformers load."""
     from merv_fast.cli.convert import convert_run
 
-    convert_run(run_dir, out, dtype, llm_path, _pairs(encoder))
+    convert_run(run_dir, out, dtype, llm_path, pairs(encoder))
 
 
 @app.command()
@@ -218,23 +199,3 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _loader(
-    model: str, device: str, dtype: str, llm_path: Path | None, encoder: list[str] | None, cache: Path | None = None
-) -> Loader:
-    from merv_fast.cli.ask import Loader
-
-    return Loader(model, device, dtype, llm_path, _pairs(encoder), cache)
-
-
-def clip(start: float, end: float | None, fps: float | None) -> dict[str, float | None]:
-    """The options that say which part of a video, as ``load_frames`` takes them."""
-    return {"clip_start_sec": start, "clip_end_sec": end, "fps": fps}
-
-
-def _pairs(encoder: list[str] | None) -> dict[str, str]:
-    pairs = dict(item.partition("=")[::2] for item in encoder or [])
-    if wrong := [key for key, value in pairs.items() if not (key and value)]:
-        raise typer.BadParameter(f"--encoder must be ID=PATH, got {wrong[0]!r}")
-    return pairs
