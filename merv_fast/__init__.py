@@ -13,6 +13,7 @@ from merv_fast.errors import CheckpointError, MervFastError, VideoError
 if TYPE_CHECKING:
     from merv_fast import ops
     from merv_fast.assets import sample_clip
+    from merv_fast.integrations.accelerate import accelerate, explain, restore
     from merv_fast.models import (
         Answer,
         MervConfig,
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
         MervVideoProcessor,
         VisualTokens,
         available_models,
-        explain,
         load_vid,
     )
     from merv_fast.video import load_frames, open_video
@@ -42,16 +42,20 @@ __all__ = [
     "MervVideoProcessor",
     "VideoError",
     "VisualTokens",
+    "accelerate",
     "available_models",
     "explain",
     "load_frames",
     "load_vid",
     "open_video",
     "ops",
+    "restore",
     "sample_clip",
 ]
 
-_ELSEWHERE = {"load_frames": "video", "open_video": "video", "sample_clip": "assets"}
+_ELSEWHERE = {"load_frames": "video", "open_video": "video", "sample_clip": "assets"} | dict.fromkeys(
+    ("accelerate", "explain", "restore"), "integrations.accelerate"
+)
 
 
 def __getattr__(name: str) -> Any:

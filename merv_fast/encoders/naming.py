@@ -189,7 +189,7 @@ def _fold(config: EncoderConfig, parts: dict[str, Tensor]) -> dict[str, Tensor]:
     state = dict(parts)
     for key in [key for key in parts if ".q." in key and not key.startswith("pool.")]:
         stacked = [state.pop(key.replace(".q.", f".{part}.")) for part in "qkv"]
-        state[key.replace(".q.", ".qkv.")] = torch.cat(stacked)
+        state[key.replace(".q.", ".qkv.")] = _stack(stacked)
     state["patch.weight"] = state["patch.weight"].flatten(1)
     position = state["position"]
     if config.attention == "frame":
@@ -212,6 +212,17 @@ def _fold(config: EncoderConfig, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         query = _wide(state.pop("pool.q.weight")) @ _wide(latent) + state.pop("pool.q.bias")
         state["pool.query"] = query.to(latent.dtype)
     return state
+
+
+def _stack(parts: list[Tensor]) -> Tensor:
+    """The parts one below the other; not copied where they lie like this in memory already."""
+    first, place = parts[0], parts[0].storage_offset()
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (same and part.is_contiguous() and part.storage_offset() == place and part.dtype == first.dtype):
+            return torch.cat(parts)
+        place += part.numel()
+    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
 
 
 def _wide(value: Tensor) -> Tensor:
