@@ -22,6 +22,7 @@ from merv_fast.models.prefix import Prefix, prefilled, sharing_obstacle
 from merv_fast.models.prefix import prefill as prefill_prefixes
 from merv_fast.models.processing import MervProcessor
 from merv_fast.models.prompts import PROMPT_BUILDERS, PromptBuilder
+from merv_fast.models.remote import write_auto_map
 from merv_fast.models.requests import (
     Answer,
     Source,
@@ -135,7 +136,8 @@ class MervModel(nn.Module):
         """Write model, tokenizer and processor where ``load_vid`` and transformers' Auto classes find them.
 
         Files are put in place when they are whole, so that a model may be saved over the files it is mapped from;
-        weights of an earlier save are removed.
+        weights of an earlier save are removed. The directory can be uploaded to the hub as it is: transformers finds
+        our classes by its ``auto_map`` with ``trust_remote_code=True``.
 
         Args:
             directory: made if need be.
@@ -148,6 +150,7 @@ class MervModel(nn.Module):
         with TemporaryDirectory(dir=directory, prefix=".saving-") as whole:
             self.model.save_pretrained(whole, **kwargs)
             self.processor.save_pretrained(whole)
+            write_auto_map(whole)
             files = [file.relative_to(whole) for file in Path(whole).rglob("*") if file.is_file()]
             for file in files:
                 (directory / file).parent.mkdir(parents=True, exist_ok=True)

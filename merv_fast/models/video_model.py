@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from merv_fast.encoders import build_encoder
 from merv_fast.errors import CheckpointError
 from merv_fast.models.configuration import MervConfig
+from merv_fast.models.quantization import language_model_only
 from merv_fast.modules import Architecture, Tail, build_fusion, build_projector
 from merv_fast.modules.attention import attention_of, check_attention, set_attention
 from merv_fast.runtime.chunking import in_chunks
@@ -56,6 +57,7 @@ class MervPreTrainedModel(PreTrainedModel):
     base_model_prefix = "video_model"
     main_input_name = "pixel_values_videos"
     input_modalities = ("video", "text")
+    _no_split_modules = ("VisionTransformer", "Hiera", "Tail")
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -73,16 +75,26 @@ class MervPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As in transformers, but keys that do not fit raise instead of leaving random weights.
 
+        A ``quantization_config`` holds for the language model alone, and a ``device_map`` never cuts an encoder in two.
+
         Raises:
             CheckpointError: lists the unknown, missing and misshapen keys.
         """
         kwargs["ignore_mismatched_sizes"] = True
+        if kwargs.get("quantization_config") is not None:
+            if issubclass(cls, MervVideoModel):
+                rule = "left out: only a language model is quantised"
+                raise ValueError(f"MervVideoModel.from_pretrained: quantization_config must be {rule}")
+            kwargs["quantization_config"] = language_model_only(kwargs["quantization_config"])
         source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         try:
             with _without_load_report():
                 model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
             raise CheckpointError(f"{source}: cannot be read as weights ({error})") from error
+        if getattr(model, "hf_device_map", None) and model.device.type == "meta":
+            rule = "keep projectors and fusion (video_model.tail) on a device; all else may be offloaded"
+            raise ValueError(f"from_pretrained: device_map must {rule}, got {model.hf_device_map}")
         faults = {
             "unknown": sorted(info["unexpected_keys"]),
             "missing": sorted(info["missing_keys"]),

@@ -180,8 +180,9 @@ def share_out(costs: Sequence[float], groups: int) -> list[list[int]]:
 
 
 def device_of(module: nn.Module, x: Tensor) -> torch.device:
-    """Where a module's weights are; where ``x`` is, if it has none."""
-    return next((tensor.device for tensors in (module.parameters(), module.buffers()) for tensor in tensors), x.device)
+    """Where a module's weights are; where ``x`` is, if it has none, or if they come there only while they are used."""
+    own = next((tensor.device for tensors in (module.parameters(), module.buffers()) for tensor in tensors), x.device)
+    return x.device if own.type == "meta" else own
 
 
 def moved(output: Any, device: torch.device) -> Any:

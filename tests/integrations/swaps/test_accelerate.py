@@ -175,6 +175,16 @@ def test_whoever_looks_at_projected_tokens_gets_them(merv):
     assert all(relative_error(a, b) < GOLDEN for a, b in zip(got, right, strict=True))
 
 
+@torch.no_grad()
+def test_whoever_writes_to_projected_tokens_is_heard(merv):
+    def triple(module, args, output):
+        output.mul_(3)
+
+    merv.projectors[2].register_forward_hook(triple)
+    right = merv.visual(videos())[0]
+    assert relative_error(accelerate(merv).visual(videos())[0], right) < GOLDEN
+
+
 def test_explain_lists_every_part(merv):
     merv.video_backbones[1].featurizer.blocks[1].attn.q_norm = nn.LayerNorm(12)
     would = {choice.part: choice for choice in explain(merv)}

@@ -176,11 +176,11 @@ def test_llava_that_pools_otherwise():
     with pytest.raises(ValueError, match="mm_spatial_pool_mode is 'bilinear'; only 'average'"):
         accelerate(model, strict=True)
     # The mode may also change later.
-    model = accelerate(Llava())
+    model = accelerate(Llava(side=7))
     model.config.mm_spatial_pool_mode = "bilinear"
-    features = torch.randn(4, 36, 24)
+    features = torch.randn(4, 49, 24)
     got = model(features, [4])[0]
-    plain = Llava(mode="bilinear")
+    plain = Llava(mode="bilinear", side=7)
     plain.load_state_dict(model.state_dict())
     assert relative_error(got, plain(features, [4])[0]) < GOLDEN
 
