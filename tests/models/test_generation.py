@@ -48,7 +48,7 @@ def test_a_prompt_in_chunks(tiny, inputs):
 
 def test_embeddings_instead_of_ids(tiny, inputs, features):
     expected = tiny.model.generate(**inputs, **GREEDY)[:, inputs["input_ids"].shape[1] :]
-    embeds = tiny.model._embed(inputs["input_ids"], features)
+    embeds = tiny.model.embed(inputs["input_ids"], features)
     given = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}
     assert torch.equal(tiny.model.generate(**given, **GREEDY), expected)
     assert torch.equal(tiny.model.generate(**given, use_cache=False, **GREEDY), expected)
@@ -84,7 +84,7 @@ def test_placeholders_need_a_video(tiny):
 
 
 def test_a_video_goes_with_ids(tiny, inputs, features):
-    embeds = tiny.model._embed(inputs["input_ids"], features)
+    embeds = tiny.model.embed(inputs["input_ids"], features)
     with pytest.raises(
         ValueError, match="pixel_values_videos must be left out with mm_encoder_outputs or inputs_embeds"
     ):
