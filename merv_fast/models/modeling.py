@@ -97,20 +97,27 @@ class MervForConditionalGeneration(MervPreTrainedModel, GenerationMixin):
             labels: [B, S], -100 where no loss is taken (visual positions).
             use_cache: whether to return a cache.
             logits_to_keep: as in every causal language model of transformers; 0 keeps all.
-            mm_encoder_outputs: ``{"video": output of get_video_features}`` instead of ``pixel_values_videos``; its
-                ``pooler_output`` may be a list of [S_i, D].
+            mm_encoder_outputs: instead of ``pixel_values_videos``. ``{"video": output of get_video_features}``, whose
+                ``pooler_output`` may be a list of [S_i, D]; or ``{"features": [...]}``, what the encoders return, E
+                tensors [B, T_e, N_e, C_e], which are projected and fused here, with gradients.
             kwargs: handed to the language model.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("MervForConditionalGeneration: give exactly one of input_ids and inputs_embeds")
-        video = (mm_encoder_outputs or {}).get("video")
-        if pixel_values_videos is not None and (video is not None or input_ids is None):
+        given = mm_encoder_outputs or {}
+        video, features = given.get("video"), given.get("features")
+        if pixel_values_videos is not None and (video is not None or features is not None or input_ids is None):
             rule = "left out with mm_encoder_outputs or inputs_embeds"
             raise ValueError(f"MervForConditionalGeneration: pixel_values_videos must be {rule}, got both")
+        if features is not None and (video is not None or input_ids is None):
+            rule = "left out with video or inputs_embeds"
+            raise ValueError(f"MervForConditionalGeneration: features must be {rule}, got both")
         if pixel_values_videos is not None:
             video = self.get_video_features(pixel_values_videos)
+        if features is not None:
+            video = self._fuse(features)
         if input_ids is not None:
-            inputs_embeds = self._embed(input_ids, video)
+            inputs_embeds = self.embed(input_ids, video)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -132,7 +139,15 @@ class MervForConditionalGeneration(MervPreTrainedModel, GenerationMixin):
         as_object = kwargs.get("return_dict")
         return output if (self.config.return_dict if as_object is None else as_object) else output.to_tuple()
 
-    def _embed(self, input_ids: Tensor, video: Any | None) -> Tensor:
+    def _fuse(self, features: Sequence[Tensor]) -> MervVideoOutput:
+        """Visual tokens of what the encoders return, E tensors [B, T_e, N_e, C_e], on any device and of any type."""
+        video = self.video_model
+        if len(features) != len(video.encoders):
+            rule = f"one per encoder ({len(video.encoders)})"
+            raise ValueError(f"MervForConditionalGeneration: features must be {rule}, got {len(features)}")
+        return video.fuse([each.to(video.device, video.dtype) for each in features])
+
+    def embed(self, input_ids: Tensor, video: Any | None) -> Tensor:
         """Token embeddings [B, S, D] with the visual tokens at their placeholders."""
         is_video = input_ids == self.config.video_token_id
         # A placeholder may lie past the last row of the embedding: look up a row that is always there.
@@ -160,7 +175,11 @@ class MervForConditionalGeneration(MervPreTrainedModel, GenerationMixin):
     ) -> tuple[Tensor, dict[str, Any]]:
         """Repeat the visual tokens with the prompts, for beams and several returned sequences."""
         input_ids, kwargs = super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
-        video = (mm_encoder_outputs or {}).get("video")
+        given = mm_encoder_outputs or {}
+        video, features = given.get("video"), given.get("features")
+        if features is not None:
+            repeated = [each.repeat_interleave(expand_size, 0) for each in features]
+            kwargs["mm_encoder_outputs"] = {"features": repeated}
         if video is not None:
             tokens = [each for each in video.pooler_output for _ in range(expand_size)]
             kwargs["mm_encoder_outputs"] = {"video": MervVideoOutput(pooler_output=tokens)}

@@ -264,17 +264,20 @@ class MervVideoModel(MervPreTrainedModel):
     def encode(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Every encoder's tokens: E tensors [B, T_e, N_e, C_e] from E prepared inputs [B, F_e, 3, S_e, S_e].
 
-        So many videos at a time as ``encode_budget`` has room for; half as many once memory runs out.
+        So many videos at a time as ``encode_budget`` has room for; half as many once memory runs out. Encoders that are
+        frozen run without gradients.
         """
         if len(inputs) != len(self.encoders):
             raise ValueError(
                 f"MervVideoModel: inputs must be one per encoder ({len(self.encoders)}), got {len(inputs)}"
             )
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        learns = any(tensor.requires_grad for tensors in (self.encoders.parameters(), inputs) for tensor in tensors)
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and learns):
             # What a backward pass needs is kept in any case.
             return self.concurrent(inputs)
         call = self.concurrent if self.graphs is None else self.graphs.encode
-        return in_chunks(call, inputs, self.videos_at_once())
+        with torch.no_grad():
+            return in_chunks(call, inputs, self.videos_at_once())
 
     def videos_at_once(self) -> int:
         """How many videos ``encode_budget`` has room for on every device, at least 1."""

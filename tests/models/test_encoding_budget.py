@@ -42,8 +42,26 @@ def test_videos_are_encoded_as_the_budget_allows(video_model, batches):
             assert all(relative_error(a, b) < GOLDEN for a, b in zip(parts, whole, strict=True))
     batches.clear()
     # For a backward pass everything is kept, so parts would save nothing.
-    video_model.encode(inputs)
+    assert video_model.encode(inputs)[0].requires_grad
     assert batches == [3]
+
+
+def test_frozen_encoders_keep_nothing_for_a_backward_pass(video_model, batches):
+    configs = video_model.encoder_configs.values()
+    inputs = [torch.randn(2, c.num_frames, 3, c.recipe.size, c.recipe.size) for c in configs]
+    video_model.encode_budget = video_model.bytes_per_video()
+    video_model.encoders.requires_grad_(False)
+    try:
+        features = video_model.encode(inputs)
+        assert batches == [1, 1]
+        assert not any(feature.requires_grad for feature in features)
+        assert video_model.fuse(features).pooler_output.requires_grad
+        # What goes in may learn all the same.
+        batches.clear()
+        assert video_model.encode([inputs[0].requires_grad_(), *inputs[1:]])[0].requires_grad
+        assert batches == [2]
+    finally:
+        video_model.encoders.requires_grad_(True)
 
 
 def test_explain_tells_how_many(video_model):
