@@ -164,6 +164,56 @@ def profile(
 
 
 @app.command()
+def encode(
+    out: Annotated[Path, typer.Option(help="Folder for tensors and manifest; run again to go on.", show_default=False)],
+    videos: Annotated[
+        list[str] | None,
+        typer.Argument(help="Videos, folders to search, or - for lines of stdin.", show_default=False),
+    ] = None,
+    listed: Annotated[
+        Path | None, typer.Option("--list", help="Text file of more of them, one path a line.", show_default=False)
+    ] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray for Ray Data.")] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="Of a Ray cluster; one on this machine if not given.", show_default=False)
+    ] = None,
+    actors: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that encode, with Ray; one for each GPU if not given.", show_default=False),
+    ] = None,
+    keep: Annotated[
+        str, typer.Option(help="tokens, what the language model sees, or features, what the encoders return.")
+    ] = "tokens",
+    model: ModelOption = "merv-tiny",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Videos that are encoded together.")] = 8,
+    shard_size: Annotated[int, typer.Option(min=1, help="Videos of a file of tensors.")] = 64,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that decode; one for each processor if not given.", show_default=False),
+    ] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again what failed before.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    start: StartOption = 0.0,
+    end: EndOption = None,
+    llm_path: LlmOption = None,
+    encoder: EncoderOption = None,
+) -> None:
+    """Encode a corpus of videos, once, into files that need no encoders to be asked about."""
+    from merv_fast.cli.encode import encode_videos, given_paths, show_outcome
+
+    if address is not None and engine != "ray":
+        raise typer.BadParameter("--address must be left out without --engine ray")
+    options: dict[str, object] = {"actors": actors, "address": address, "workers": workers, "keep": keep}
+    options |= {"batch_size": batch_size, "shard_size": shard_size, "retry_failed": retry_failed}
+    options |= {"clip_start_sec": start, "clip_end_sec": end}
+    loading = loader(model, device, dtype, llm_path, encoder)
+    outcome = encode_videos(given_paths(videos or [], listed), out, loading, engine, **options)
+    show_outcome(outcome, as_json)
+
+
+@app.command()
 def convert(
     run_dir: Annotated[
         str, typer.Argument(help="A run directory of the reference, or a published id.", show_default=False)
@@ -177,6 +227,98 @@ def convert(
     from merv_fast.cli.convert import convert_run
 
     convert_run(run_dir, out, dtype, llm_path, pairs(encoder))
+
+
+@app.command()
+def train(
+    stage: Annotated[
+        str,
+        typer.Argument(
+            help="align (projectors and fusion), finetune (the language model too), full (the encoders too).",
+            show_default=False,
+        ),
+    ],
+    data: Annotated[
+        Path, typer.Argument(help="JSON list of conversations, as LLaVA and Video-LLaVA have it.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="Directory for the model and its checkpoints.", show_default=False)],
+    model: ModelOption = "merv-tiny",
+    media: Annotated[
+        Path | None, typer.Option(help="Folder of the videos; that of the data if not given.", show_default=False)
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder to keep what frozen encoders return, so that they run once.", show_default=False),
+    ] = None,
+    cache_gib: Annotated[float, typer.Option(help="What it may take, in GiB.")] = 64.0,
+    on_error: Annotated[str, typer.Option(help="What to do about a video that cannot be read: raise, skip.")] = "raise",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the directory.")] = False,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="KEY=VALUE: global_batch_size, or an argument of transformers' TrainingArguments; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    llm_path: LlmOption = None,
+    encoder: EncoderOption = None,
+) -> None:
+    """Train a model on videos and conversations; with torchrun on several GPUs."""
+    from merv_fast.cli.train import parse_settings, show_report, train_model
+
+    settings, encoders = parse_settings(setting), pairs(encoder)
+    options = {"cache": cache, "cache_gib": cache_gib, "on_error": on_error, "resume": resume}
+    show_report(train_model(stage, data, out, model, media, settings, llm_path, encoders, **options), out)
+
+
+@app.command(name="eval")
+def evaluate(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            help="Data set in the reference's layout: test_q.json, test_a.json, videos/.", show_default=False
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Folder for the predictions; a run goes on where it was.", show_default=False)
+    ],
+    model: ModelOption = "merv-tiny",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions that are asked together.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    num_chunks: Annotated[int, typer.Option(min=1, help="Processes that share the questions.")] = 1,
+    chunk_idx: Annotated[int, typer.Option(min=0, help="Which of them this is.")] = 0,
+    questions: Annotated[str, typer.Option(help="Name of the file of questions.")] = "test_q",
+    answers: Annotated[str, typer.Option(help="Name of the file of answers.")] = "test_a",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    llm_path: LlmOption = None,
+    encoder: EncoderOption = None,
+    cache: CacheOption = None,
+) -> None:
+    """Answer the questions of a data set, open-ended or of multiple choice, and print the accuracy."""
+    from merv_fast.cli.evaluate import evaluate_folder
+
+    loading = loader(model, device, dtype, llm_path, encoder, cache)
+    part, names = (chunk_idx, num_chunks), (questions, answers)
+    evaluate_folder(folder, loading, out, part, batch_size, max_new_tokens, names, as_json)
+
+
+@app.command()
+def serve_llm(
+    out: Annotated[Path, typer.Argument(help="Folder for the language model; written if empty.", show_default=False)],
+    model: ModelOption = "merv-tiny",
+    dtype: Annotated[str, typer.Option(help="auto (that of the checkpoint), float32, bfloat16 or float16.")] = "auto",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the server.")] = 8000,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer that must fit.")] = 512,
+    llm_path: LlmOption = None,
+    encoder: EncoderOption = None,
+) -> None:
+    """Write the language model by itself and print the command by which vLLM serves it."""
+    from merv_fast.cli.serve_llm import print_command
+
+    print_command(model, out, dtype, port, answer_tokens, llm_path, pairs(encoder))
 
 
 @app.command()

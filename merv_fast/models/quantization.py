@@ -26,12 +26,12 @@ def language_model_only(config: Any) -> Any:
     if isinstance(config, dict):
         name = next((name for name in SKIPPED if name in config), "modules_to_not_convert")
         return config | {name: extended(config.get(name))}
-    name = next((name for name in SKIPPED if hasattr(config, name)), None)
-    if name is None:
+    names = [name for name in SKIPPED if hasattr(config, name)]
+    if not names:
         rule = f"one that can leave out modules, by one of {', '.join(SKIPPED)}"
         raise ValueError(f"from_pretrained: quantization_config must be {rule}, got {type(config).__name__}")
     config = copy.copy(config)
-    setattr(config, name, extended(getattr(config, name)))
+    setattr(config, names[0], extended(getattr(config, names[0])))
     return config
 
 

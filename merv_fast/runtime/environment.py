@@ -25,8 +25,11 @@ OPTIONAL = {
     "nvidia-dali-cuda130": ("dali", "decoding on a GPU"),
     "xformers": ("xformers", "attention of the encoders, where chosen"),
     "flash-attn": ("flash-attn", "attention of the encoders, where chosen"),
-    "ray": ("ray", "nothing yet (encoding a corpus)"),
-    "vllm": ("vllm", "nothing yet (serving the language model)"),
+    "pyarrow": ("corpus", "the manifest of an encoded corpus"),
+    "ray": ("ray", "encoding a corpus on a cluster"),
+    "accelerate": ("train", "training, and models on several devices"),
+    "vllm": ("vllm", "serving the language model"),
+    "lmms-eval": ("lmms-eval", "evaluation"),
 }
 
 
