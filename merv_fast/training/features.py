@@ -130,10 +130,11 @@ def encode_videos(
 
 @torch.no_grad()
 def encode_into(cache: VideoCache, model: MervVideoModel, keys: list[str], videos: list[Tensor]) -> None:
-    """Encode videos, uint8 [F, 3, H, W] each, and keep them."""
+    """Encode videos, uint8 [F, 3, H, W] each, and keep them; copies of a video have one key."""
+    by_key = dict(zip(keys, videos, strict=True))
 
     def make(wanted: list[str]) -> list[dict[str, Tensor]]:
-        inputs = model.prepare([video for key, video in zip(keys, videos, strict=True) if key in wanted])
+        inputs = model.prepare([by_key[key] for key in wanted])
         return by_video(dict(zip(model.encoders, model.encode(inputs), strict=True)))
 
     cache.fetch(keys, make)

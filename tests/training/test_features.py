@@ -109,3 +109,14 @@ def test_features_follow_the_contents_of_a_file(small, tmp_path):
     before = encode_videos(video_model, [first], tmp_path / "kept", ROOM).keys[first]
     first.write_bytes(second.read_bytes())
     assert encode_videos(video_model, [first], tmp_path / "kept", ROOM).keys[first] != before
+
+
+def test_copies_of_a_video_are_encoded_once(small, clips, tmp_path, monkeypatch):
+    runs = count_runs(monkeypatch, small.model.video_model)
+    copy = tmp_path / "copy.mp4"
+    copy.write_bytes(clips[0].read_bytes())
+    stored = encode_videos(small.model.video_model, [clips[0], clips[1], copy], tmp_path / "kept", ROOM)
+    assert runs == [2]
+    assert stored.keys[copy] == stored.keys[clips[0]] != stored.keys[clips[1]]
+    assert all(torch.equal(a, b) for a, b in zip(stored.of(copy), stored.of(clips[0]), strict=True))
+    assert not torch.equal(stored.of(copy)[0], stored.of(clips[1])[0])
