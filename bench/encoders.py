@@ -3,6 +3,7 @@
 On a GPU at full size in bfloat16; on a CPU small ones, with the blocks that are not run in the same proportion.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -30,9 +31,19 @@ from merv_fast.kernels._launch import Cost
 from merv_fast.models.configuration import MERV_BASE, MervConfig, MervEncoderConfig
 from merv_fast.models.video_model import MervVideoModel
 
-__all__ = ["SERIAL", "TRANSFORMERS", "encoder_configs", "entries", "place", "rand_pixels", "sizes", "video_model"]
+__all__ = [
+    "OURS_COMPILED",
+    "SERIAL",
+    "TRANSFORMERS",
+    "encoder_configs",
+    "entries",
+    "place",
+    "rand_pixels",
+    "sizes",
+    "video_model",
+]
 
-TRANSFORMERS, SERIAL = "transformers", "merv_fast, one after another"
+TRANSFORMERS, SERIAL, OURS_COMPILED = "transformers", "merv_fast, one after another", "merv_fast, compiled"
 BATCHES, ALONE = {"cuda": (1, 2, 4, 8), "cpu": (1, 4)}, {"cuda": (1, 8), "cpu": (1,)}
 """Of all four, and of each alone."""
 SMALL = {"image_size": 112, "width": 192, "heads": 3, "mlp_width": 768, "depth": 4}
@@ -89,24 +100,33 @@ def one_encoder(setup: Setup, B: int, config: EncoderConfig) -> Entry:
 def all_encoders(setup: Setup, B: int, configs: dict[str, EncoderConfig]) -> Entry:
     """What a video model does, against one encoder after the other as the reference runs them."""
 
+    compiles = setup.device == "cuda" and B in ALONE["cuda"]
+
     def make() -> tuple:
         model = video_model(setup, configs)
         wholes = nn.ModuleList(place(setup, ReferenceEncoder(encoder)) for encoder in model.encoders.values())
-        return [rand_pixels(setup, B, config) for config in configs.values()], model, wholes
+        compiled = copy.deepcopy(model) if compiles else None
+        if compiled is not None:
+            compiled.use_compile(dynamic=False)
+        return [rand_pixels(setup, B, config) for config in configs.values()], model, wholes, compiled
 
-    def ours(pixels: list[Tensor], model: MervVideoModel, wholes: nn.ModuleList) -> list[Tensor]:
+    def ours(pixels: list[Tensor], model: MervVideoModel, *rest: Any) -> list[Tensor]:
         return model.encode(pixels)
 
-    def serially(pixels: list[Tensor], model: MervVideoModel, wholes: nn.ModuleList) -> list[Tensor]:
+    def ours_compiled(pixels: list[Tensor], model: Any, wholes: Any, compiled: MervVideoModel) -> list[Tensor]:
+        return compiled.encode(pixels)
+
+    def serially(pixels: list[Tensor], model: MervVideoModel, *rest: Any) -> list[Tensor]:
         return baselines.encode(model.encoders.values(), pixels)
 
-    def theirs(pixels: list[Tensor], model: MervVideoModel, wholes: nn.ModuleList, run: Any = None) -> list[Tensor]:
+    def theirs(pixels: list[Tensor], model: Any, wholes: nn.ModuleList, *rest: Any, run: Any = None) -> list[Tensor]:
         return baselines.encode([partial(whole, run=run) for whole in wholes], pixels)
 
     ways = [Way(OURS, ours, [theirs]), Way(EAGER, theirs)]
     if setup.device == "cuda":
         ways.append(Way(SERIAL, serially, [theirs]))
-    if setup.device == "cuda" and B in ALONE["cuda"]:
+    if compiles:
+        ways.append(Way(OURS_COMPILED, ours_compiled, [theirs]))
         ways.append(Way(COMPILED, partial(theirs, run=compile_once(run_block)), [theirs]))
     name = f"encoders, all four, {sizes(configs['dinov2'])}"
     cost = partial(encoder_cost, list(configs.values()), B, setup.dtype.itemsize)

@@ -60,7 +60,8 @@ def _choices(model: Any) -> Iterator[Choice]:
     for name, config in video.config.encoder_configs().items():
         blocks = "" if not hasattr(config, "blocks") else f"{config.blocks} of {config.depth} blocks, "
         size = f"{config.num_frames} frames -> {config.slots} slots x {config.tokens_per_slot} tokens x {config.width}"
-        runs, its = f"{blocks}attention: {video.attention[name]}", f"{placement.devices[name]}, {dtype}"
+        compiled = ", compiled" if name in video.compiled else ""
+        runs, its = f"{blocks}attention: {video.attention[name]}{compiled}", f"{placement.devices[name]}, {dtype}"
         yield Choice(f"encoder {name}", runs, its, size)
     devices = sorted({str(device) for device in placement.devices.values()})
     runs = "side by side, a stream each" if any("cuda" in device for device in devices) else "one after another"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -199,6 +199,37 @@ class MervVideoModel(MervPreTrainedModel):
         return chosen
 
     @property
+    def compiled(self) -> list[str]:
+        """Names of the encoders whose blocks `use_compile` has compiled."""
+        first = {name: blocks_of(encoder)[0] for name, encoder in self.encoders.items()}
+        return [name for name, block in first.items() if block._compiled_call_impl is not None]
+
+    def use_compile(self, encoders: bool | Collection[str] = True, **options: Any) -> None:
+        """Run the blocks of encoders as `torch.compile` makes them: of all, of none, or of those that are named.
+
+        Block by block, for all blocks of an encoder are one piece of code, which is compiled once, at the next call. A
+        copy of the model is not compiled, and nothing of it is saved.
+
+        Args:
+            encoders: which; the others run as they are written.
+            options: of `torch.compile`, such as ``mode`` or ``backend``.
+
+        Raises:
+            ValueError: no such encoder.
+        """
+        chosen = set(self.encoders if encoders is True else encoders or ())
+        if unknown := sorted(chosen - set(self.encoders)):
+            rule = f"among {', '.join(self.encoders)}"
+            raise ValueError(f"MervVideoModel: encoders must be {rule}, got {', '.join(unknown)}")
+        for name, encoder in self.encoders.items():
+            for block in blocks_of(encoder):
+                block._compiled_call_impl = None
+                if name in chosen:
+                    block.compile(**options)
+        if self.graphs is not None:
+            self.graphs.pool.clear()
+
+    @property
     def placement(self) -> Placement:
         """Where each encoder is now, and why."""
         devices, tail = devices_of(self.encoders), self.device
@@ -346,6 +377,11 @@ class MervVideoModel(MervPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         """A video model embeds no tokens; transformers asks for its first layer."""
         return next(iter(self.encoders.values()))
+
+
+def blocks_of(encoder: Any) -> nn.ModuleList:
+    """What an encoder is made of."""
+    return encoder.blocks
 
 
 @contextmanager
