@@ -37,6 +37,7 @@ class Merv(lmms):
         dtype: "auto" (bfloat16 on a GPU, else float32), or a name of PyTorch's.
         batch_size: questions that are asked together.
         llm_path: as ``load_vid`` takes it.
+        max_batch_size: lmms-eval gives it to every model; not looked at.
 
     Raises:
         TypeError: another argument.

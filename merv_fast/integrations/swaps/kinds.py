@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from merv_fast.encoders import EncoderConfig
 from merv_fast.video.prepare import Recipe
 
-__all__ = ["Kind", "activation_of", "recipe"]
+__all__ = ["Kind", "activation_of", "config_of", "recipe"]
 
 Activation = Literal["gelu", "gelu_tanh"]
 
@@ -35,6 +35,24 @@ class Kind:
     returned: Callable[[Tensor], Any]
     theirs: Callable[..., Any]
     holder: nn.Module
+
+
+def config_of(module: nn.Module, shape: Any, activation: Activation, **more: Any) -> EncoderConfig:
+    """Ours of a module that has a configuration with the names of transformers, ``shape``."""
+    return EncoderConfig(
+        name=type(module).__name__,
+        source="",
+        files=(),
+        recipe=recipe(shape.image_size),
+        image_size=shape.image_size,
+        num_frames=shape.num_frames,
+        width=shape.hidden_size,
+        heads=shape.num_attention_heads,
+        mlp_width=shape.intermediate_size,
+        activation=activation,
+        eps=shape.layer_norm_eps,
+        **more,
+    )
 
 
 def recipe(size: int) -> Recipe:

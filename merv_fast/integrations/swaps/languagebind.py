@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from merv_fast.encoders import EncoderConfig
 from merv_fast.encoders.config import Tokens
-from merv_fast.integrations.swaps.kinds import Kind, activation_of, recipe
+from merv_fast.integrations.swaps.kinds import Kind, activation_of, config_of
 
 __all__ = ["languagebind"]
 
@@ -35,25 +34,17 @@ def languagebind(module: Any) -> Kind | str | None:
         return f"its activation is {shape.hidden_act}"
     if token not in TOKENS:
         return f"its token is {token!r} instead of one of {', '.join(map(str, TOKENS))}"
-    config = EncoderConfig(
-        name=type(module).__name__,
+    config = config_of(
+        module,
+        shape,
+        activation,
         family="languagebind",
-        source="",
-        files=(),
-        recipe=recipe(shape.image_size),
-        image_size=shape.image_size,
-        num_frames=shape.num_frames,
         patch=shape.patch_size,
-        width=shape.hidden_size,
         depth=len(layers),
-        heads=shape.num_attention_heads,
-        mlp_width=shape.intermediate_size,
         blocks=len(layers) - 1,
         tokens=TOKENS[token],
         temporal_window=shape.num_frames,
         embedding_norm=True,
-        activation=activation,
-        eps=shape.layer_norm_eps,
     )
     return Kind("LanguageBind", config, frames, flat, type(module).forward, tower)
 

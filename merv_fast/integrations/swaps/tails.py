@@ -59,7 +59,7 @@ def say(module: nn.Module, x: Tensor) -> Tensor:
 
 def fuse_all(module: nn.Module, values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Tokens and weights, from what went into the projectors where nobody has looked at what came out."""
-    said = [value.made_of for value in values if isinstance(value, Deferred) and value.made is None]
+    said = [value.made_of for value in values if isinstance(value, Deferred) and value.made is None and value.made_of]
     if len(said) < len(values) or not alike([pooling for pooling, _ in said]):
         return fuse(module, values)
     return collapsed(module, said)

@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from merv_fast.encoders import EncoderConfig
-from merv_fast.integrations.swaps.kinds import Kind, activation_of, recipe
+from merv_fast.integrations.swaps.kinds import Kind, activation_of, config_of
 
 __all__ = ["vivit"]
 
@@ -29,26 +28,18 @@ def vivit(module: Any) -> Kind | str | None:
     frames, rows, columns = shape.tubelet_size
     if rows != columns or not shape.qkv_bias:
         return "its tubelets are not square, or its attention has no biases"
-    config = EncoderConfig(
-        name=type(module).__name__,
+    config = config_of(
+        module,
+        shape,
+        activation,
         family="vivit",
-        source="",
-        files=(),
-        recipe=recipe(shape.image_size),
-        image_size=shape.image_size,
-        num_frames=shape.num_frames,
         patch=rows,
-        width=shape.hidden_size,
         depth=shape.num_hidden_layers,
-        heads=shape.num_attention_heads,
-        mlp_width=shape.intermediate_size,
         blocks=shape.num_hidden_layers,
         tokens="all",
         tubelet=frames,
         attention="joint",
         final_norm=True,
-        activation=activation,
-        eps=shape.layer_norm_eps,
     )
     return Kind("ViViT of transformers", config, pixels, output, type(module).forward, module)
 
