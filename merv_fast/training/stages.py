@@ -71,6 +71,9 @@ STAGES = {
 RECOMPUTED = ("activation_checkpointing", "gradient_checkpointing")
 """New and old name of the argument that has activations of the language model recomputed instead of kept."""
 
+RECOMPUTE = next(name for name in RECOMPUTED if hasattr(TrainingArguments, name))
+"""The one that this transformers has."""
+
 
 def sharded_units(model: MervForConditionalGeneration, fsdp_config: Mapping[str, Any] | str | None) -> dict[str, Any]:
     """``fsdp_config``, also of a JSON file, with the classes that are sharded each by itself unless it names some.
@@ -120,8 +123,7 @@ def training_arguments(stage: Stage, given: Mapping[str, Any]) -> dict[str, Any]
     if not given.keys() & {"bf16", "fp16", "use_cpu"}:
         arguments["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     if not given.keys() & set(RECOMPUTED):
-        name = next(name for name in RECOMPUTED if hasattr(TrainingArguments, name))
-        arguments |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+        arguments |= {RECOMPUTE: True, f"{RECOMPUTE}_kwargs": {"use_reentrant": False}}
     arguments |= given
     total = arguments.pop("global_batch_size", stage.global_batch_size)
     if "gradient_accumulation_steps" not in given:

@@ -13,6 +13,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
 from merv_fast.training import train
+from merv_fast.training.stages import RECOMPUTE
 from tests.training.small import QUICK, small_model
 
 RANKS, BATCH, STEPS = 2, 4, 6
@@ -21,7 +22,7 @@ FSDP = {"fsdp": True, "fsdp_config": {"version": 2}}
 RUNS = {
     "ddp": ("finetune", {}, False),
     "fsdp": ("finetune", FSDP | {"save_strategy": "steps", "save_steps": STEPS // 2}, False),
-    "fsdp-align": ("align", FSDP | {"activation_checkpointing": True}, True),
+    "fsdp-align": ("align", FSDP | {RECOMPUTE: True}, True),
     "fsdp-full": ("full", FSDP, False),
 }
 """Stage, arguments, and whether encoders run once and their features are kept."""

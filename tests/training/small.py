@@ -12,13 +12,14 @@ from merv_fast.encoders import encoder_config
 from merv_fast.models import MervConfig, MervForConditionalGeneration, MervModel
 from merv_fast.models.configuration import MervEncoderConfig
 from merv_fast.models.tiny import tiny_processor
+from merv_fast.training.stages import RECOMPUTE
 
 ENCODERS = {"dinov2-video-all-tokens": (4, 42), "vivit-google-b-all-no-cls-16frames": (8, 48)}
 """Frames and side of the pictures, 3 x 3 patches each."""
 
 WORDS = ("red ball", "blue box", "green square", "yellow circle", "person", "shape", "color", "room")
 ANSWERS = [f"{verb} {word}." for word in WORDS for verb in ("The", "No")]
-QUICK = {"dataloader_num_workers": 0, "disable_tqdm": True, "save_strategy": "no", "activation_checkpointing": False}
+QUICK = {"dataloader_num_workers": 0, "disable_tqdm": True, "save_strategy": "no", RECOMPUTE: False}
 
 
 def small_model(seed=0, prompt_format="pure"):

@@ -12,7 +12,7 @@ import merv_fast
 from merv_fast import ops
 from merv_fast.training import STAGES, train, training_arguments
 from merv_fast.training.run import last_checkpoint
-from merv_fast.training.stages import sharded_units
+from merv_fast.training.stages import RECOMPUTE, sharded_units
 from tests import budgets
 from tests.training.small import ANSWERS, QUICK, conversation, small_model, write_data
 
@@ -57,7 +57,7 @@ def test_a_stage_moves_what_it_trains_and_nothing_else(clips, tmp_path, monkeypa
         "max_steps": 3,
         "learning_rate": 1e-3,
         "warmup_steps": 0,
-        "activation_checkpointing": recompute,
+        RECOMPUTE: recompute,
     }
     arguments |= {"global_batch_size": 5, "per_device_train_batch_size": 5}
     train(small, stage, data, tmp_path / "out", arguments=arguments)
@@ -75,7 +75,7 @@ def test_a_stage_moves_what_it_trains_and_nothing_else(clips, tmp_path, monkeypa
 def test_recomputed_activations_give_the_same_losses(data, tmp_path):
     losses = []
     for recompute in (False, True):
-        arguments = QUICK | WHOLE | {"max_steps": 3, "learning_rate": 1e-3, "activation_checkpointing": recompute}
+        arguments = QUICK | WHOLE | {"max_steps": 3, "learning_rate": 1e-3, RECOMPUTE: recompute}
         losses.append(train(small_model(), "align", data, tmp_path / str(recompute), arguments=arguments).losses)
     assert losses[0] == losses[1]
 
@@ -88,7 +88,7 @@ def test_recomputing_recomputes(data, tmp_path):
         runs = []
         layer = small.model.language_model.model.layers[0]
         layer.input_layernorm.register_forward_hook(lambda *_, runs=runs: runs.append(1))
-        arguments = QUICK | WHOLE | {"max_steps": 2, "activation_checkpointing": recompute}
+        arguments = QUICK | WHOLE | {"max_steps": 2, RECOMPUTE: recompute}
         train(small, "align", data, tmp_path / str(recompute), arguments=arguments)
         counts.append(len(runs))
     assert counts == [2, 4]
@@ -176,6 +176,7 @@ def test_hyperparameters_are_the_references_unless_given():
     given = {"learning_rate": 5e-6, "global_batch_size": 32, "gradient_checkpointing": False, "fp16": True}
     chosen = training_arguments(STAGES["full"], given)
     assert (chosen["learning_rate"], chosen["gradient_accumulation_steps"]) == (5e-6, 4)
+    assert chosen["gradient_checkpointing"] is False
     assert not chosen.keys() & {"activation_checkpointing", "bf16", "global_batch_size"}
 
 
