@@ -37,10 +37,13 @@ def test_every_way_to_decode_gives_the_greedy_ids(tiny, inputs, features):
     assert torch.equal(tiny.model.generate(**without_pixels(inputs), **listed, **GREEDY), expected)
 
 
-@pytest.mark.skipif(
+in_chunks = pytest.mark.skipif(
     not hasattr(transformers.generation.utils, "_slice_mm_encoder_output"),
     reason="this transformers cannot split a video over chunks of a prompt",
 )
+
+
+@in_chunks
 def test_a_prompt_in_chunks(tiny, inputs):
     expected = tiny.model.generate(**inputs, **GREEDY)
     assert torch.equal(tiny.model.generate(**inputs, **GREEDY, prefill_chunk_size=64), expected)

@@ -8,6 +8,7 @@ from merv_fast.models import merv_model
 from merv_fast.models.prefix import common_prefix, prefilled, sharing_obstacle
 from merv_fast.models.tiny import build_tiny
 from tests.budgets import low_precision
+from tests.models.test_generation import in_chunks
 from tests.models.test_merv_model import GREEDY, QUESTIONS, prompt
 
 
@@ -130,7 +131,7 @@ def test_a_prefix_of_other_weights_is_not_used(clips):
         ({"use_cache": False}, "use_cache is False"),
         ({"cache_implementation": "static"}, "cache_implementation is 'static'"),
         ({"no_repeat_ngram_size": 1}, "no_repeat_ngram_size is 1"),
-        ({"prefill_chunk_size": 64}, "prefill_chunk_size is 64"),
+        pytest.param({"prefill_chunk_size": 64}, "prefill_chunk_size is 64", marks=in_chunks),
         ({"logits_processor": []}, r"logits_processor is \[\]"),
     ],
 )
