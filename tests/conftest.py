@@ -4,12 +4,18 @@ With MERV_FAST_REQUIRE_CUDA=1 a session without a GPU ends at once, and what wou
 """
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# What a shell starts in its background ignores Ctrl-C, and so would all that the tests start to interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # One worker a core, one thread a worker.
 if "PYTEST_XDIST_WORKER" in os.environ:
