@@ -26,7 +26,7 @@ class Deferred(Tensor):
     Args:
         make: computes the tensor.
         shape: of that tensor.
-        like: gives dtype and device, and says whether a gradient can flow.
+        like: gives dtype and device.
         made_of: for those who can do without the values: what ``make`` would compute them from.
     """
 
