@@ -15,6 +15,9 @@ FLOAT64 = 1e-12
 DALI_LEVELS = 2
 """Of 255: DALI converts the same Y'CbCr as FFmpeg, so the rounding before it, above one of RGB_LEVELS, is shared."""
 
+EIGHT_BIT_WEIGHTS = 2**-6
+"""Absolute, of a probability after two small layers: weights are off by 1/256 of the largest in their row at most."""
+
 TRAINING = 1e-4
 """Relative to the first loss, float32: gradients differ by a few 1e-7, and 200 steps of descent add up at most."""
 

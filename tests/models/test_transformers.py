@@ -11,6 +11,7 @@ from transformers.utils import is_torchvision_available
 
 from merv_fast.models import MervForConditionalGeneration, MervProcessor, MervVideoModel
 from merv_fast.models.quantization import language_model_only
+from tests.budgets import EIGHT_BIT_WEIGHTS
 
 PROMPT = "In: Why?\nOut:"
 GREEDY = {"do_sample": False, "max_new_tokens": 6}
@@ -103,8 +104,7 @@ def test_a_quantised_language_model(folder, clips):
     inputs = MervProcessor.from_pretrained(folder)(text=[PROMPT], videos=[str(clips[0])])
     with torch.inference_mode():
         got, right = (each(**inputs, logits_to_keep=1).logits.softmax(-1) for each in (model, plain))
-    # 8 bits a weight: each product is off by 1/256 of the row's largest weight at most.
-    assert (got - right).abs().max() < 2**-6
+    assert (got - right).abs().max() < EIGHT_BIT_WEIGHTS
 
 
 def test_auto_classes_find_ours_in_the_folder(folder):

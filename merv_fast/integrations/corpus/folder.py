@@ -12,7 +12,6 @@ next one removes; a video that has a row is never encoded again.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -28,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from merv_fast.integrations.corpus.rows import Row, from_parquet, to_parquet
+from merv_fast.integrations.locking import lock
 from merv_fast.runtime.cache.disk import sync_folder, write_synced
 
 __all__ = ["CorpusFolder", "read_rows", "read_settings", "write_rows"]
@@ -249,8 +249,8 @@ def locked(path: Path) -> int:
     """
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+        lock(handle, f"encode: no other process may write to {path.parent} meanwhile")
+    except RuntimeError:
         os.close(handle)
-        raise RuntimeError(f"encode: no other process may write to {path.parent} meanwhile") from error
+        raise
     return handle

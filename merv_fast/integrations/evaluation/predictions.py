@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from merv_fast.integrations.locking import lock
+
 __all__ = ["Predictions"]
 
 SETTINGS = "settings.json"
@@ -33,7 +35,11 @@ class Predictions:
         number, parts = part
         self.path = self.folder / f"pred_{parts}_{number}.jsonl"
         self._file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115
-        lock(self._file, self.path)
+        try:
+            lock(self._file.fileno(), f"{self.path}: another process must not be writing to it")
+        except RuntimeError:
+            self._file.close()
+            raise
         self._drop_torn_line()
 
     def _keep_settings(self, settings: dict[str, Any]) -> None:
@@ -82,16 +88,3 @@ class Predictions:
     def close(self) -> None:
         """Let others work on this part."""
         self._file.close()
-
-
-def lock(file: Any, path: Path) -> None:
-    """Keep the file for this process; the lock goes with it, however it ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise RuntimeError(f"{path}: another process must not be writing to it") from error

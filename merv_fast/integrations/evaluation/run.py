@@ -12,7 +12,7 @@ from merv_fast.integrations.evaluation.predictions import Predictions
 from merv_fast.integrations.evaluation.questions import Question
 from merv_fast.models import MervModel
 
-__all__ = ["Score", "evaluate", "part_of", "score"]
+__all__ = ["Score", "evaluate", "part_of", "prompt_of", "score"]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from rich.progress import track
 from torch import Tensor
 
 from merv_fast.errors import VideoError
+from merv_fast.integrations.evaluation.run import prompt_of
 from merv_fast.models import MervModel, load_vid
 from merv_fast.runtime.environment import default_device, default_dtype
 from merv_fast.video import sample_indices
@@ -91,10 +92,8 @@ class Merv(lmms):
     def _request(
         self, index: int, context: str, settings: dict[str, Any], doc_to_visual: Any, doc_id: Any, task: str, split: str
     ) -> tuple[int, str | Tensor, str, dict[str, Any]]:
-        builder = self.vidlm.get_prompt_builder()
-        builder.add_turn(role="human", message=context)
         video = one_video(doc_to_visual(self.task_dict[task][split][doc_id]), max(self.vidlm.config.num_frames))
-        return index, video, builder.get_prompt(), settings
+        return index, video, prompt_of(self.vidlm, context), settings
 
     def _answers(self, batch: Sequence[tuple[int, str | Tensor, str, dict[str, Any]]]) -> list[str]:
         """Of one batch; if a video in it is bad, of one request after the other."""

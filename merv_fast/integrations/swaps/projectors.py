@@ -32,8 +32,9 @@ class Pooling:
 
     def grid(self, x: Tensor) -> tuple[int, int]:
         """The square grid of tokens of ``x`` [B, T, N, C], which must fit."""
-        side = isqrt(x.shape[2]) if x.ndim == 4 else 0
-        if side * side != (x.shape[2] if x.ndim == 4 else -1) or not (self.over_slots or x.shape[1] == self.slots):
+        fits = x.ndim == 4 and (self.over_slots or x.shape[1] == self.slots)
+        side = isqrt(x.shape[2]) if fits else 0
+        if not fits or side * side != x.shape[2]:
             slots = "T" if self.over_slots else self.slots
             raise ValueError(f"projector: x must be [B, {slots}, a square number, C], got {list(x.shape)}")
         return side, side

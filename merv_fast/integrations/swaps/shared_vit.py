@@ -19,7 +19,8 @@ class SharedViT:
 
     Three projections that a module holds apart are laid one behind the other in memory, of which each then is a view;
     `unpack` gives them memory of their own again. What ours only has as a sum (positions and biases, the class token
-    and its position) is computed anew when a weight has been written to; that is under 1 % of the weights.
+    and its position) is computed anew when a weight has been written to: 2.7 % of ViViT's weights, 0.2 % or less of the
+    others'.
     """
 
     def __init__(self, theirs: nn.Module, config: EncoderConfig) -> None:

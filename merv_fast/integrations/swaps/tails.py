@@ -39,11 +39,9 @@ def find_tail(model: nn.Module) -> dict[nn.Module, Swap]:
 
 def alike(poolings: Sequence[Pooling | str | None]) -> bool:
     """Whether one op serves them all."""
-    kinds = {
-        (len(each.layers), each.out_grid, each.slots, each.over_slots) if isinstance(each, Pooling) else None
-        for each in poolings
-    }
-    return len(kinds) == 1 and None not in kinds and not any(kind is not None and not kind[0] for kind in kinds)
+    known = [each for each in poolings if isinstance(each, Pooling)]
+    kinds = {(len(each.layers), each.out_grid, each.slots, each.over_slots) for each in known}
+    return len(known) == len(poolings) and len(kinds) == 1 and bool(known[0].layers)
 
 
 def say(module: nn.Module, x: Tensor) -> Tensor:

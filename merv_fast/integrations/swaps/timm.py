@@ -90,7 +90,7 @@ def block_differences(block: Any) -> Iterator[str]:
     for part, name in ((attention, "q_norm"), (attention, "k_norm"), (attention, "norm"), (mlp, "norm")):
         if not isinstance(getattr(part, name, nn.Identity()), nn.Identity):
             yield f"its {type(part).__name__} has a {name}"
-    if not all(type(norm) is nn.LayerNorm or isinstance(norm, nn.LayerNorm) for norm in (block.norm1, block.norm2)):
+    if not all(isinstance(norm, nn.LayerNorm) for norm in (block.norm1, block.norm2)):
         yield "its norms are no LayerNorms"
     if not isinstance(mlp.act, nn.GELU) or not hasattr(mlp, "fc2"):
         yield f"its MLP is no GELU between two layers but {type(mlp).__name__}"

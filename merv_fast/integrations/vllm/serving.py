@@ -10,7 +10,7 @@ from merv_fast.models import MervModel
 __all__ = ["VLLM_RANGE", "serve_command", "write_language_model"]
 
 VLLM_RANGE = ">=0.20,<0.34"
-"""Versions whose source agrees with what is sent to them here; 0.33's was read line by line."""
+"""From the oldest that the extra allows to the newest whose source was read; no other's was."""
 
 
 def write_language_model(model: MervModel, folder: str | Path, max_shard_size: str = "5GB") -> Path:

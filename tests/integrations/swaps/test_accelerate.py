@@ -10,7 +10,7 @@ from torch import nn
 from merv_fast import accelerate, explain, restore
 from merv_fast.integrations.swaps import tails
 from merv_fast.integrations.swaps.encoders import ENCODER
-from tests.budgets import GOLDEN, relative_error
+from tests.budgets import FLOAT64, GOLDEN, relative_error
 from tests.golden_files import load
 from tests.integrations.swaps.reference_modules import AveragePoolingProjector, Merv, dinov2
 
@@ -146,7 +146,7 @@ def test_moving_to_another_dtype(merv):
     wide = [video.double() for video in videos()]
     got = merv.visual(wide)[0]
     assert got.dtype == torch.float64
-    assert relative_error(got, restore(merv).visual(wide)[0]) < 1e-12
+    assert relative_error(got, restore(merv).visual(wide)[0]) < FLOAT64
 
 
 @torch.no_grad()
