@@ -71,10 +71,9 @@ class Predictions:
     def rows(self) -> Iterator[dict[str, Any]]:
         """Everything that this and other processes have written."""
         for path in sorted(self.folder.glob("pred_*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-                # Others may be writing.
-                if line.endswith("\n"):
-                    yield json.loads(line)
+            # What comes after the last end of a line others may still be writing; a text may hold other ends of lines.
+            for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+                yield json.loads(line)
 
     def done(self) -> dict[str, dict[str, Any]]:
         """Rows by question; of a question that failed and was then answered, the answer."""

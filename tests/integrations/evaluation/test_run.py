@@ -150,6 +150,15 @@ def test_a_folder_belongs_to_one_run(tmp_path):
         Predictions(tmp_path, (0, 1), {"model": "b", "dtype": "auto"})
 
 
+def test_a_row_holds_any_text(tmp_path):
+    predictions = Predictions(tmp_path, (0, 1), SETTINGS)
+    row = {"question_id": "q", "pred": "one\u2028two\x85three\nfour\x0bfive"}
+    predictions.add(row)
+    predictions.add({"question_id": "r", "pred": ""})
+    assert list(predictions.rows()) == [row, {"question_id": "r", "pred": ""}]
+    predictions.close()
+
+
 def test_no_such_part():
     with pytest.raises(ValueError, match=r"chunk_idx must lie in 0\.\.2, got 3"):
         part_of([], 3, 3)
