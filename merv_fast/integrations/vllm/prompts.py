@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from merv_fast.models import MervModel, VisualTokens
+from merv_fast.models.merv_model import TOKENIZING
 from merv_fast.models.requests import VideoSource, pair, video_key
 from merv_fast.models.splice import resize_placeholders
 from merv_fast.models.video_model import MervVideoOutput
@@ -53,11 +54,12 @@ def prompt_embeds(
     for source in sources:
         if video_key(source) not in encoded:
             encoded[video_key(source)] = source if isinstance(source, VisualTokens) else model.encode(source, **clip)
-    inputs = model.processor(
-        [model.processor.video_token + text for text in texts],
-        truncation=True,
-        max_length=model.config.max_text_length,
-    )
+    with TOKENIZING:
+        inputs = model.processor(
+            [model.processor.video_token + text for text in texts],
+            truncation=True,
+            max_length=model.config.max_text_length,
+        )
     video_id, pad_id = model.config.video_token_id, model.tokenizer.pad_token_id
     tokens = [encoded[video_key(source)].tokens.to(model.device) for source in sources]
     lengths = [len(each) for each in tokens]
