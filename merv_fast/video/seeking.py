@@ -1,22 +1,25 @@
 """Decode only the parts of a video that hold the frames asked for: where to start, what to skip, how to be sure."""
 
 from bisect import bisect_right
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from merv_fast.video.container import decode, packets
+from merv_fast.video.references import References
 from merv_fast.video.units import (
     UNIT_CODECS,
     are_frames,
     in_record,
     layer_of,
+    packet_of,
     parameter_sets,
     random_access,
-    sequence_sets,
+    sets_among,
+    slice_heads,
     units_of,
 )
 
@@ -73,6 +76,7 @@ class PacketIndex:
         entries: ascending positions of packets from which every frame shown no earlier decodes exactly; their
             presentation times ascend too. The first packet is always one.
         fields: whether a frame may be in two packets, the second of which is not shown by itself.
+        references: tells which other pictures a run does without, where that can be known.
     """
 
     pts: NDArray[np.int64]
@@ -82,6 +86,7 @@ class PacketIndex:
     droppable: NDArray[np.bool_]
     entries: NDArray[np.int64]
     fields: bool = True
+    references: References | None = None
 
     def runs(self, wanted: list[int], apart: bool = False) -> list[Run]:
         """The cheapest stretches to decode for the ascending ``wanted`` frames.
@@ -107,9 +112,21 @@ class PacketIndex:
         return [Run(start, stop, frozenset(frames)) for start, stop, frames in runs if frames]
 
     def cost(self, run: Run) -> int:
-        """Frames that are decoded for a run."""
+        """Frames that are decoded for a run, at most."""
         stretch = slice(run.start, run.stop + 1)
         return run.stop + 1 - run.start - int(np.count_nonzero(self.droppable[stretch]))
+
+    def instead(self, run: Run) -> dict[int, list[bytes]]:
+        """What to decode for those packets of a run that nothing wanted is decoded from: units, or none."""
+        wanted = {int(self.positions[number]) for number in run.wanted} | {run.start}
+        if self.fields:
+            wanted |= {position + 1 for position in wanted}
+        unused = {run.start + int(each) for each in np.flatnonzero(self.droppable[run.start : run.stop + 1])} - wanted
+        instead: dict[int, list[bytes]] = {position: [] for position in unused}
+        if self.references:
+            rest = [position for position in range(run.start, run.stop + 1) if position not in unused]
+            instead |= self.references.stand_ins(rest, wanted)
+        return instead
 
     def frame_at(self, time: int | None) -> int:
         """The number of the frame shown at ``time``; raises `Mismatch` if there is none."""
@@ -133,7 +150,8 @@ class PacketLog:
     layers: list[int] = field(default_factory=list)
     referenced: list[bool] = field(default_factory=list)
     in_band: frozenset[int] = frozenset()
-    sequence_sets: set[bytes] = field(default_factory=set)
+    sets: set[bytes] = field(default_factory=set)
+    heads: list[tuple[bytes, ...]] = field(default_factory=list)
     reconfigured: bool = False
 
     def add(self, packet: "Packet[VideoStream]", shown: bool) -> None:
@@ -150,7 +168,8 @@ class PacketLog:
         layer, referenced = layer_of(units, self.codec) if units else (0, True)
         self.layers.append(layer)
         if self.codec == "h264":
-            self.sequence_sets.update(sequence_sets(units))
+            self.sets.update(sets_among(units))
+            self.heads.append(slice_heads(units))
         self.referenced.append(referenced)
         if not position:
             self.in_band = parameter_sets(units, self.codec) if units else frozenset()
@@ -186,10 +205,12 @@ class PacketLog:
             return None
         # A picture that its own temporal layer does without may still be of use to a higher one.
         droppable = ~np.array(self.referenced, np.bool_) & (np.array(self.layers) == max(self.layers))
-        fields = self.codec in FIELD_CODED
+        fields, references = self.codec in FIELD_CODED, None
         if self.codec == "h264":
-            fields = not are_frames([*in_record(self.extradata), *self.sequence_sets])
-        return PacketIndex(pts, np.array(self.sizes, np.int64), times, positions, droppable, entries, fields)
+            sets = [*in_record(self.extradata), *self.sets]
+            fields, references = not are_frames(sets), References.of_stream(sets, self.heads)
+        sizes = np.array(self.sizes, np.int64)
+        return PacketIndex(pts, sizes, times, positions, droppable, entries, fields, references)
 
 
 def decode_runs(
@@ -197,8 +218,8 @@ def decode_runs(
 ) -> "Iterator[tuple[int, VideoFrame]]":
     """Each wanted frame of ``runs``, in any order, with its number; in presentation order within a run.
 
-    Pictures that are not wanted and from which no other is decoded are left out. Every packet is compared with the
-    index before it is decoded, and every frame is known by its time.
+    Pictures that are not wanted and from which nothing wanted is decoded are left out. Every packet is compared with
+    the index before it is decoded, and every frame is known by its time.
 
     Raises:
         Mismatch: A packet or frame is not the one announced, or does not decode. What was yielded before holds.
@@ -213,10 +234,7 @@ def decode_runs(
         reader.go_to(run.start)
         left = set(run.wanted)
         first = run.start > 0
-        kept = {int(index.positions[number]) for number in run.wanted} | {run.start}
-        if index.fields:
-            kept |= {position + 1 for position in kept}
-        for frame in reader.decode(run.stop + index.fields, kept):
+        for frame in reader.decode(run.stop + index.fields, index.instead(run)):
             if errors:
                 raise Mismatch(f"decoding failed: {errors[0]}")
             number = index.frame_at(frame.pts)
@@ -252,16 +270,23 @@ class PacketReader:
         while self._next < position:
             self._take()
 
-    def decode(self, stop: int, kept: Container[int]) -> "Iterator[VideoFrame]":
-        """All that the packets up to ``stop`` bring out of the decoder, which is then at its end.
-
-        Of the droppable ones only those ``kept`` go into it.
-        """
+    def decode(self, stop: int, instead: Mapping[int, list[bytes]]) -> "Iterator[VideoFrame]":
+        """All that the packets up to ``stop``, or units ``instead``, bring out of the decoder, which is then done."""
         while self._next <= min(stop, len(self._index.pts) - 1):
-            position, packet = self._next, self._take()
-            if position in kept or not self._index.droppable[position]:
-                yield from decode(self._stream, packet, self._errors)
+            units, packet = instead.get(self._next), self._take()
+            if units is None or units:
+                yield from decode(self._stream, self._holding(units, packet) if units else packet, self._errors)
         yield from decode(self._stream, None, self._errors)
+
+    def _holding(self, units: list[bytes], packet: "Packet[VideoStream]") -> "Packet[VideoStream]":
+        """A packet with other units for the time of ``packet``."""
+        from av import Packet
+
+        context = self._stream.codec_context
+        data = packet_of(units, context.codec.canonical_name, context.extradata)
+        other = cast("Packet[VideoStream]", Packet(data))
+        other.pts, other.dts, other.time_base = packet.pts, packet.dts, packet.time_base
+        return other
 
     def _take(self) -> "Packet[VideoStream]":
         packet = self._held or next(self._source, None)

@@ -2,15 +2,19 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from merv_fast.video.h264 import SequenceSet, Unknown, is_picture_set, payload
+
 __all__ = [
     "UNIT_CODECS",
     "are_frames",
     "in_record",
     "layer_of",
+    "packet_of",
     "parameter_sets",
     "promises_recovery",
     "random_access",
-    "sequence_sets",
+    "sets_among",
+    "slice_heads",
     "units_of",
 ]
 
@@ -21,14 +25,16 @@ UNREFERENCED = range(0, 15, 2)
 
 UNIT_CODECS = frozenset(PICTURE_DATA)
 
-HIGH_PROFILES = frozenset({44, 83, 86, 100, 110, 118, 122, 128, 134, 135, 138, 139, 144, 244})
+HEAD = 96
+"""Bytes of a slice that are kept; the header with the longest tables may have more."""
+
+MOST_SLICES = 8
+"""Of a picture whose slices are kept."""
 
 
 def units_of(data: bytes, codec: str, extradata: bytes | None) -> Iterator[bytes]:
     """The units of a packet's ``data``."""
-    # After a configuration record, which starts with its version 1, units have length prefixes; else start codes.
-    record = (extradata or b"").ljust(22, b"\0")
-    length = (record[4 if codec == "h264" else 21] & 3) + 1 if record[0] == 1 else 0
+    length = length_size(codec, extradata)
     place = 0 if length else data.find(START)
     while 0 <= place < len(data):
         begin = place + (length or len(START))
@@ -39,16 +45,32 @@ def units_of(data: bytes, codec: str, extradata: bytes | None) -> Iterator[bytes
         yield unit
 
 
+def packet_of(units: Iterable[bytes], codec: str, extradata: bytes | None) -> bytes:
+    """The data of a packet with these units."""
+    length = length_size(codec, extradata)
+    return b"".join((len(unit).to_bytes(length, "big") if length else START) + unit for unit in units)
+
+
+def length_size(codec: str, extradata: bytes | None) -> int:
+    """Bytes of the length before each unit, or 0 where start codes stand."""
+    # Lengths follow a configuration record, which starts with its version 1.
+    record = (extradata or b"").ljust(22, b"\0")
+    return (record[4 if codec == "h264" else 21] & 3) + 1 if record[0] == 1 else 0
+
+
 def in_record(extradata: bytes | None) -> list[bytes]:
-    """The sequence parameter sets of H.264 that stand in the configuration record, or before the first packet."""
+    """The parameter sets of H.264 that stand in the configuration record, or before the first packet."""
     data = extradata or b""
     if data[:1] != b"\1":
-        return [unit for unit in units_of(data, "h264", None) if unit_kind(unit, "h264") == 7]
-    found, place = [], 6
-    for _ in range(data[5] & 31 if len(data) > 5 else 0):
-        size = int.from_bytes(data[place : place + 2], "big")
-        found.append(data[place + 2 : place + 2 + size])
-        place += 2 + size
+        return list(sets_among(units_of(data, "h264", None)))
+    found, place = [], 5
+    for mask in (31, 255):
+        count = data[place] & mask if len(data) > place else 0
+        place += 1
+        for _ in range(count):
+            size = int.from_bytes(data[place : place + 2], "big")
+            found.append(data[place + 2 : place + 2 + size])
+            place += 2 + size
     return found
 
 
@@ -83,9 +105,9 @@ def parameter_sets(units: Sequence[bytes], codec: str) -> frozenset[int]:
     return frozenset(kind for kind in kinds if kind in PARAMETER_SETS[codec])
 
 
-def sequence_sets(units: Sequence[bytes]) -> Iterator[bytes]:
-    """The sequence parameter sets of H.264 among ``units``."""
-    return (unit for unit in units if unit_kind(unit, "h264") == 7)
+def sets_among(units: Iterable[bytes]) -> Iterator[bytes]:
+    """The parameter sets of H.264 among ``units``."""
+    return (unit for unit in units if unit_kind(unit, "h264") in PARAMETER_SETS["h264"])
 
 
 def random_access(units: Sequence[bytes], codec: str) -> bool:
@@ -124,82 +146,26 @@ def promises_recovery(unit: bytes) -> bool:
     return False
 
 
-def payload(unit: bytes) -> bytes:
-    """What an H.264 unit says: without its header and the bytes that keep start codes out of it."""
-    return unit[1:].replace(b"\0\0\3", b"\0\0")
-
-
 def are_frames(sets: Iterable[bytes]) -> bool:
     """Whether the H.264 sequence parameter sets, one at least, all say that every picture is a whole frame."""
-    said = [frame_mbs_only(unit) for unit in sets]
+    said = [frames_only(unit) for unit in sets if not is_picture_set(unit)]
     return bool(said) and all(said)
 
 
-def frame_mbs_only(unit: bytes) -> bool:
-    """``frame_mbs_only_flag`` of a sequence parameter set (ITU-T H.264, 7.3.2.1.1); False where it ends before."""
-    data = payload(unit)
-    bits = Bits(data)
+def frames_only(unit: bytes) -> bool:
+    """``frame_mbs_only_flag`` of a sequence parameter set; False where it ends before."""
     try:
-        bits.skip(24)
-        bits.unsigned()
-        if data[0] in HIGH_PROFILES:
-            chroma_format = bits.unsigned()
-            bits.skip(chroma_format == 3)
-            bits.unsigned()
-            bits.unsigned()
-            bits.skip(1)
-            if bits.flag():
-                for number in range(12 if chroma_format == 3 else 8):
-                    if bits.flag():
-                        bits.skip_scaling_list(16 if number < 6 else 64)
-        bits.unsigned()
-        match bits.unsigned():
-            case 0:
-                bits.unsigned()
-            case 1:
-                bits.skip(1)
-                bits.unsigned()
-                bits.unsigned()
-                for _ in range(bits.unsigned()):
-                    bits.unsigned()
-        bits.unsigned()
-        bits.skip(1)
-        bits.unsigned()
-        bits.unsigned()
-        return bits.flag()
-    except IndexError:
+        return SequenceSet.read(unit).frames_only
+    except Unknown:
         return False
 
 
-class Bits:
-    """Reads ``data`` from its first bit on; raises IndexError after the last."""
+def slice_heads(units: Sequence[bytes]) -> tuple[bytes, ...]:
+    """The beginnings of the slices of an H.264 picture, as far as they say from which others it is decoded.
 
-    def __init__(self, data: bytes) -> None:
-        self._data, self._place = data, 0
-
-    def skip(self, count: int) -> None:
-        self._place += count
-
-    def flag(self) -> bool:
-        byte, bit = divmod(self._place, 8)
-        self._place += 1
-        return bool(self._data[byte] >> 7 - bit & 1)
-
-    def unsigned(self) -> int:
-        """An Exp-Golomb code, ue(v)."""
-        zeros = 0
-        while not self.flag():
-            zeros += 1
-        value = 1
-        for _ in range(zeros):
-            value = 2 * value + self.flag()
-        return value - 1
-
-    def skip_scaling_list(self, size: int) -> None:
-        scale = 8
-        for _ in range(size):
-            code = self.unsigned()
-            scale = (scale + (code + 1 >> 1) * (1 if code % 2 else -1)) % 256
-            # The rest repeats the one before.
-            if not scale:
-                break
+    None where they may not say all, or where the picture comes with parameter sets, which others need as well.
+    """
+    kinds = [unit_kind(unit, "h264") for unit in units]
+    slices = [unit[:HEAD] for unit, kind in zip(units, kinds, strict=True) if kind in (1, 5)]
+    others = (2, 3, 4) if 5 in kinds else (2, 3, 4, *PARAMETER_SETS["h264"])
+    return tuple(slices) if len(slices) <= MOST_SLICES and not any(kind in others for kind in kinds) else ()

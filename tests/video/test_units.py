@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 import merv_fast.video.seeking
 from merv_fast.video import open_video
-from merv_fast.video.units import HIGH_PROFILES, are_frames, in_record
+from merv_fast.video.h264 import HIGH_PROFILES
+from merv_fast.video.units import HEAD, are_frames, in_record, slice_heads
 from tests.video.clips import panned, write_clip
 from tests.video.test_seeking import X264, check
 
@@ -57,7 +58,7 @@ def test_a_set_that_comes_later_counts(tmp_path):
     path = write_clip(tmp_path / "a.mp4", "libx264", options=X264, frames=panned(30))
     other = write_clip(tmp_path / "b.mp4", "libx264", options=X264 | {"flags": "+ildct+ilme"}, frames=panned(2))
     with av.open(str(other)) as container:
-        (late,) = in_record(container.streams.video[0].codec_context.extradata)
+        late, _ = in_record(container.streams.video[0].codec_context.extradata)
     joined = tmp_path / "joined.mp4"
     with av.open(str(path)) as source, av.open(str(joined), "w") as target:
         stream = source.streams.video[0]
@@ -78,8 +79,18 @@ def test_a_set_that_comes_later_counts(tmp_path):
     check(joined, rounds=3)
 
 
+def test_slice_heads():
+    long, anew = b"\x41" + bytes(200), b"\x65\x88"
+    assert slice_heads([b"\x09\x10", b"\x06\5", long, b"\x01\2"]) == (long[:HEAD], b"\x01\2")
+    assert slice_heads([b"\x67\x64", b"\x68\xee", anew]) == (anew,)
+    # Later pictures may need the sets, and a partition is no slice.
+    for unit in (b"\x67\x64", b"\x68\xee", b"\x42\0", b"\x43\0", b"\x44\0"):
+        assert slice_heads([unit, long]) == ()
+    assert slice_heads([long] * 9) == slice_heads([]) == ()
+
+
 class Writer:
-    """Writes the fields of a sequence parameter set, bit by bit."""
+    """Writes the fields of a unit, bit by bit."""
 
     def __init__(self):
         self.bits = ""
@@ -94,7 +105,7 @@ class Writer:
     def signed(self, value):
         self.unsigned(2 * value - 1 if value > 0 else -2 * value)
 
-    def unit(self):
+    def unit(self, header=0x67):
         bits = self.bits + "1"
         bits += "0" * (-len(bits) % 8)
         data = int(bits, 2).to_bytes(len(bits) // 8)
@@ -103,7 +114,7 @@ class Writer:
             if escaped[-2:] == b"\0\0" and byte <= 3:
                 escaped.append(3)
             escaped.append(byte)
-        return b"\x67" + bytes(escaped)
+        return bytes([header]) + bytes(escaped)
 
 
 @st.composite
@@ -163,8 +174,8 @@ def test_any_set(given):
     unit, frames = given
     assert are_frames([unit]) == frames
     record = b"\1\x64\0\x28\xff\xe1" + len(unit).to_bytes(2) + unit + b"\1\0\4\x68\xee\x3c\x80"
-    assert in_record(record) == [unit]
-    assert in_record(b"\0\0\0\1" + unit + b"\0\0\1\x68\xee") == [unit]
+    assert in_record(record) == [unit, b"\x68\xee\x3c\x80"]
+    assert in_record(b"\0\0\0\1" + unit + b"\0\0\1\x68\xee") == [unit, b"\x68\xee"]
     # One that is cut short, or missing, promises nothing.
     assert not are_frames([unit[: len(unit) // 2 - 2]])
     assert not are_frames([])
