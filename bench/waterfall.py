@@ -24,7 +24,7 @@ from merv_fast.encoders import EncoderConfig
 from merv_fast.models.configuration import MervConfig, MervEncoderConfig
 from merv_fast.models.modeling import MervForConditionalGeneration
 from merv_fast.models.requests import VisualTokens
-from merv_fast.models.tiny import tiny_processor
+from merv_fast.training.tiny.model import tiny_processor
 from merv_fast.video import every
 
 __all__ = ["ANSWERS", "TECHNIQUES", "Steps", "build", "entries", "model_sizes", "names"]
@@ -177,7 +177,7 @@ def build(setup: Setup) -> tuple[MervModel, nn.ModuleList]:
     with torch.device(setup.device):
         model = place(setup, MervForConditionalGeneration(config))
     wholes = nn.ModuleList(ReferenceEncoder(encoder) for encoder in model.video_model.encoders.values())
-    return MervModel(model, tiny_processor(model)), place(setup, wholes)
+    return MervModel(model, tiny_processor(model, tokenizer)), place(setup, wholes)
 
 
 def resized(config: EncoderConfig) -> EncoderConfig:

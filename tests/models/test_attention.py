@@ -8,11 +8,11 @@ import torch
 from merv_fast import load_vid
 from merv_fast.models.identity import model_identity
 from merv_fast.models.modeling import MervForConditionalGeneration
-from merv_fast.models.tiny import build_tiny
 from merv_fast.modules.attention_backends import BACKENDS, backend_version
 from merv_fast.runtime.cache import VideoCache
 from merv_fast.runtime.cache.video_cache import CacheCounts
 from tests.budgets import GOLDEN, relative_error
+from tests.models.random_merv import build_tiny
 from tests.modules.attention_packages import install, remove
 
 ENCODERS = ["languagebind", "dinov2", "vivit", "siglip"]

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import merv_fast
-from merv_fast.models.tiny import build_tiny
 from merv_fast.runtime.cache import VideoCache
 from merv_fast.runtime.cache.video_cache import CacheCounts
 from merv_fast.video import load_frames
+from tests.models.random_merv import build_tiny
 from tests.models.test_merv_model import GREEDY, QUESTIONS, prompt
 
 COMPUTED = ["decode", "prepare", "encode", "fuse"]

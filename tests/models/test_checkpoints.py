@@ -10,9 +10,9 @@ from transformers import AutoModel
 from merv_fast import CheckpointError, available_models, load_vid
 from merv_fast.models import MervVideoModel
 from merv_fast.models.reference import read_run_config
-from merv_fast.models.tiny import build_tiny
 from tests.golden_files import load
 from tests.models.golden_run import MODELS, byte_tokenizer, checkpoint, write_run
+from tests.models.random_merv import build_tiny
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from merv_fast.models.chat_templates import chat_template
 from merv_fast.models.configuration import MervEncoderConfig
 from merv_fast.models.llms import LLMS, language_model
 from merv_fast.models.prompts import PROMPT_BUILDERS
-from merv_fast.models.tiny import tiny_encoders
 from tests.models.golden_run import byte_tokenizer
+from tests.models.random_merv import tiny_encoders
 
 GREEDY = {"do_sample": False, "max_new_tokens": 8}
 

@@ -8,10 +8,10 @@ import torch
 import merv_fast
 from merv_fast.models import identity
 from merv_fast.models.modeling import MervForConditionalGeneration
-from merv_fast.models.tiny import tiny_config
 from merv_fast.models.video_model import MervVideoModel
 from merv_fast.runtime.cache import VideoCache
 from merv_fast.runtime.placement import bytes_copied
+from tests.models.random_merv import tiny_config
 from tests.runtime.played_gpus import PlayedGpus
 
 CPU, GPU = torch.device("cpu"), [torch.device("cuda", index) for index in range(3)]

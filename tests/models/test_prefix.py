@@ -6,8 +6,8 @@ import torch
 from merv_fast import load_vid
 from merv_fast.models import merv_model
 from merv_fast.models.prefix import common_prefix, prefilled, sharing_obstacle
-from merv_fast.models.tiny import build_tiny
 from tests.budgets import low_precision
+from tests.models.random_merv import build_tiny
 from tests.models.test_generation import in_chunks
 from tests.models.test_merv_model import GREEDY, QUESTIONS, prompt
 

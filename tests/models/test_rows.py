@@ -8,7 +8,7 @@ import torch
 from merv_fast import MervConfig, MervVideoModel
 from merv_fast.encoders import EncoderConfig
 from merv_fast.models.configuration import MervEncoderConfig
-from merv_fast.models.tiny import tiny_config, tiny_encoders
+from tests.models.random_merv import tiny_config, tiny_encoders
 
 PROJECTORS = {  # arch_specifier -> visual tokens of one encoder, 16 slots of 16 tokens before resampling
     "avg+linear": 16 * 4,

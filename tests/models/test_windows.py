@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 import merv_fast
 from merv_fast.models import windows as windows_module
-from merv_fast.models.tiny import build_tiny
 from merv_fast.models.windows import window_bounds
 from merv_fast.runtime.cache import VideoCache
 from merv_fast.runtime.cache.video_cache import CacheCounts
 from merv_fast.video import load_frames, sample_indices
 from tests.models.conftest import write_clip
+from tests.models.random_merv import build_tiny
 from tests.models.test_merv_model import GREEDY, QUESTIONS, prompt
 
 

@@ -11,8 +11,8 @@ from transformers import LlamaConfig
 from merv_fast.encoders import encoder_config
 from merv_fast.models import MervConfig, MervForConditionalGeneration, MervModel
 from merv_fast.models.configuration import MervEncoderConfig
-from merv_fast.models.tiny import tiny_processor
 from merv_fast.training.stages import RECOMPUTE
+from tests.models.random_merv import tiny_processor
 
 ENCODERS = {"dinov2-video-all-tokens": (4, 42), "vivit-google-b-all-no-cls-16frames": (8, 48)}
 """Frames and side of the pictures, 3 x 3 patches each."""

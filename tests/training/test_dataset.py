@@ -9,9 +9,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from merv_fast.errors import VideoError
-from merv_fast.models.tiny import tiny_tokenizer
 from merv_fast.training import EntryError, TrainingDataset, conversation_tokens, read_entries
 from merv_fast.video import load_frames
+from tests.models.random_merv import tiny_tokenizer
 from tests.training.small import conversation, write_data
 
 FRAMES = 8

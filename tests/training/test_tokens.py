@@ -3,8 +3,8 @@
 import pytest
 
 from merv_fast.models.prompts import ASSISTANT, PROMPT_BUILDERS, VICUNA
-from merv_fast.models.tiny import tiny_tokenizer
 from merv_fast.training import Entry, EntryError, Turn, caption_tokens, conversation_tokens
+from tests.models.random_merv import tiny_tokenizer
 
 TURNS = (
     Turn("human", "<image>\nWhat happens? "),
