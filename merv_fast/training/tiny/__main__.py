@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from merv_fast.models import load_vid
-from merv_fast.training.tiny.evaluation import Asked, Blind, Score, ask_all, held_out_questions, scores
+from merv_fast.training.tiny.answering import Score
+from merv_fast.training.tiny.evaluation import Asked, Blind, ask_all, held_out_questions, scores
 from merv_fast.training.tiny.questions import KINDS, questions_about
 from merv_fast.training.tiny.recipe import Run
 from merv_fast.training.tiny.scenes import draw_scene

@@ -74,7 +74,7 @@ def pack(asked: Sequence[Sequence[Question]], model: MervForConditionalGeneratio
 
 def run_rows(model: MervForConditionalGeneration, rows: Rows, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Logits at the answers' tokens, and those tokens."""
-    video = model._fuse(features)
+    video = model.video_model.fuse(features)
     hidden = model.get_decoder()(
         inputs_embeds=model.embed(rows.ids, video), attention_mask=rows.mask(), position_ids=rows.positions
     ).last_hidden_state
@@ -168,7 +168,7 @@ def some(questions: list[Question], most: int, rng: np.random.Generator) -> list
 
 
 class Score(NamedTuple):
-    """Of one kind of questions: how many were asked, how many answered rightly, and how many by chance at best."""
+    """Of some questions: how many there are, how many were answered rightly, and how many are by chance at best."""
 
     asked: int
     right: int

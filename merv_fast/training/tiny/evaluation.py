@@ -6,7 +6,6 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -15,11 +14,12 @@ from typing import NamedTuple
 import numpy as np
 
 from merv_fast.models.merv_model import MervModel
+from merv_fast.training.tiny.answering import Score
 from merv_fast.training.tiny.clips import clip_of
 from merv_fast.training.tiny.questions import KINDS, Question, questions_about
 from merv_fast.training.tiny.scenes import COLOURS, SHAPES, Scene, draw_scene, held_out
 
-__all__ = ["Asked", "Blind", "Score", "ask_all", "held_out_questions", "is_new", "plan", "scores"]
+__all__ = ["Asked", "Blind", "ask_all", "held_out_questions", "is_new", "plan", "scores"]
 
 
 class Asked(NamedTuple):
@@ -28,18 +28,6 @@ class Asked(NamedTuple):
     clip: Path
     question: Question
     new: bool
-
-
-@dataclass(frozen=True)
-class Score:
-    """Of some questions: how many there are, how many were answered rightly, and how many are by chance at best."""
-
-    asked: int
-    right: int
-    chance: float
-
-    def __str__(self) -> str:
-        return f"{self.right / self.asked:.3f} of {self.asked}, by chance {self.chance / self.asked:.3f}"
 
 
 def plan(count: int, seed: int, training: bool) -> dict[int, list[Question]]:

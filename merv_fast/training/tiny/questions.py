@@ -36,7 +36,7 @@ class Question:
     chance: float
 
 
-class Asked(NamedTuple):
+class Draft(NamedTuple):
     """A question before it is free or multiple choice.
 
     Args:
@@ -64,7 +64,7 @@ def questions_about(scene: Scene, rng: np.random.Generator, kinds: Sequence[str]
     return found
 
 
-def free(kind: str, asked: Asked, rng: np.random.Generator, nothing: bool) -> Question:
+def free(kind: str, asked: Draft, rng: np.random.Generator, nothing: bool) -> Question:
     """The question as it stands; of what is absent as often as any other answer is right."""
     count = len(asked.answers) + (asked.absent is not None)
     if nothing or (asked.absent is not None and rng.random() < 1 / count):
@@ -72,7 +72,7 @@ def free(kind: str, asked: Asked, rng: np.random.Generator, nothing: bool) -> Qu
     return Question(kind, asked.text, asked.answer, 1 / count)
 
 
-def choices(kind: str, asked: Asked, rng: np.random.Generator, nothing: bool) -> Question:
+def choices(kind: str, asked: Draft, rng: np.random.Generator, nothing: bool) -> Question:
     """Three options in random order, one of them that one cannot know; the answer is a letter."""
     wrong = [answer for answer in asked.tempting or asked.answers if answer != asked.answer]
     unknown = nothing or (asked.absent is not None and rng.random() < 1 / 3)
@@ -96,7 +96,7 @@ def missing(rng: np.random.Generator, scene: Scene, shapes: Sequence[str] = SHAP
     return str(rng.choice(names))
 
 
-def order(scene: Scene, rng: np.random.Generator) -> Iterator[Asked]:
+def order(scene: Scene, rng: np.random.Generator) -> Iterator[Draft]:
     """Of two things that appear or vanish: which is first, or whether one is before the other."""
     found = events(scene)
     if len(found) < 2:
@@ -104,31 +104,31 @@ def order(scene: Scene, rng: np.random.Generator) -> Iterator[Asked]:
     first, second = (found[place] for place in rng.permutation(len(found))[:2])
     earlier = "before" if first.time < second.time else "after"
     text = f"Does the {first.name} {first.verb} before or after the {second}?"
-    yield Asked(text, earlier, ("before", "after"))
+    yield Draft(text, earlier, ("before", "after"))
     alike = [event for event in found if event.verb == first.verb]
     if len(alike) > 1:
         one, other = (alike[place] for place in rng.permutation(len(alike))[:2])
         names = (one.name, other.name)
         text = f"Which {one.does} first, the {one.name} or the {other.name}?"
-        yield Asked(text, names[one.time > other.time], names)
+        yield Draft(text, names[one.time > other.time], names)
 
 
-def camera(scene: Scene, rng: np.random.Generator) -> Iterator[Asked]:
+def camera(scene: Scene, rng: np.random.Generator) -> Iterator[Draft]:
     """Whether the camera moves, and what it does."""
     moves = scene.camera != "static"
     if scene.theme == "camera":
-        yield Asked("What does the camera do?", scene.camera, CAMERAS)
+        yield Draft("What does the camera do?", scene.camera, CAMERAS)
     # Most scenes are static: as often as not this is asked of one that is.
     share = STATIC_ASKED if scene.theme in ("motion", "events") else MOVING_ASKED if moves else 1.0
     if scene.theme in ("motion", "events", "camera") and rng.random() < share:
-        yield Asked("Is the camera moving or static?", "moving" if moves else "static", ("moving", "static"))
+        yield Draft("Is the camera moving or static?", "moving" if moves else "static", ("moving", "static"))
 
 
 MOVING_ASKED = 0.8
 STATIC_ASKED = (0.15 * 0.8 * MOVING_ASKED - 0.15 * 0.2) / 0.6
 
 
-def orientation(scene: Scene, rng: np.random.Generator) -> Iterator[Asked]:
+def orientation(scene: Scene, rng: np.random.Generator) -> Iterator[Draft]:
     """Which way an arrow points at the start or at the end."""
     arrows = [thing for thing in lasting(scene) if thing.shape == "arrow"]
     if scene.theme == "nothing" or (arrows and scene.theme != "counting"):
@@ -138,10 +138,10 @@ def orientation(scene: Scene, rng: np.random.Generator) -> Iterator[Asked]:
         absent = text.format(missing(rng, scene, ["arrow"]), moment)
         arrow = pick(rng, arrows) if arrows else None
         given = (text.format(arrow.name, moment), arrow.points[when]) if arrow else (absent, "up")
-        yield Asked(*given, list(DIRECTIONS), absent)
+        yield Draft(*given, list(DIRECTIONS), absent)
 
 
-def where(scene: Scene, rng: np.random.Generator) -> Iterator[Asked]:
+def where(scene: Scene, rng: np.random.Generator) -> Iterator[Draft]:
     """In which quarter of the picture something is at the start or at the end."""
     if scene.theme in ("camera", "counting"):
         return
@@ -153,23 +153,23 @@ def where(scene: Scene, rng: np.random.Generator) -> Iterator[Asked]:
         text = "Where is the {} at the {}?"
         absent = text.format(missing(rng, scene), moment)
         if not clear:
-            yield Asked(absent, CORNERS[0], CORNERS, absent)
+            yield Draft(absent, CORNERS[0], CORNERS, absent)
             return
         thing, (x, y) = clear[rng.integers(len(clear))]
-        yield Asked(text.format(thing.name, moment), CORNERS[2 * (y > 0.5) + (x > 0.5)], CORNERS, absent)
+        yield Draft(text.format(thing.name, moment), CORNERS[2 * (y > 0.5) + (x > 0.5)], CORNERS, absent)
 
 
-def count(scene: Scene, rng: np.random.Generator) -> Iterator[Asked]:
+def count(scene: Scene, rng: np.random.Generator) -> Iterator[Draft]:
     """How many shapes there are, or how many of one kind."""
     if scene.theme == "counting":
         shape = scene.things[0].shape
         number = sum(thing.shape == shape for thing in scene.things)
-        yield Asked(f"How many {plural(shape)} are there?", NUMBERS[number - 1], NUMBERS)
+        yield Draft(f"How many {plural(shape)} are there?", NUMBERS[number - 1], NUMBERS)
     elif scene.theme == "motion":
-        yield Asked("How many shapes are there?", NUMBERS[len(scene.things) - 1], NUMBERS)
+        yield Draft("How many shapes are there?", NUMBERS[len(scene.things) - 1], NUMBERS)
 
 
-def colour(scene: Scene, rng: np.random.Generator) -> Iterator[Asked]:
+def colour(scene: Scene, rng: np.random.Generator) -> Iterator[Draft]:
     """The colour of the only thing of its shape."""
     shapes = [thing.shape for thing in scene.things]
     alone = [thing for thing in scene.things if shapes.count(thing.shape) == 1]
@@ -177,10 +177,10 @@ def colour(scene: Scene, rng: np.random.Generator) -> Iterator[Asked]:
         absent = f"What colour is the {rng.choice([shape for shape in SHAPES if shape not in shapes])}?"
         thing = pick(rng, alone) if alone else None
         text = f"What colour is the {thing.shape}?" if thing else absent
-        yield Asked(text, thing.colour if thing else "red", list(COLOURS), absent)
+        yield Draft(text, thing.colour if thing else "red", list(COLOURS), absent)
 
 
-def shape(scene: Scene, rng: np.random.Generator) -> Iterator[Asked]:
+def shape(scene: Scene, rng: np.random.Generator) -> Iterator[Draft]:
     """The shape of the only thing of its colour."""
     colours = [thing.colour for thing in scene.things]
     alone = [thing for thing in scene.things if colours.count(thing.colour) == 1]
@@ -190,20 +190,20 @@ def shape(scene: Scene, rng: np.random.Generator) -> Iterator[Asked]:
         absent = f"What shape is the {rng.choice(others)} thing?"
         thing = pick(rng, alone) if alone else None
         text = f"What shape is the {thing.colour} thing?" if thing else absent
-        yield Asked(text, thing.shape if thing else "circle", SHAPES, absent)
+        yield Draft(text, thing.shape if thing else "circle", SHAPES, absent)
 
 
-def direction(scene: Scene, rng: np.random.Generator) -> Iterator[Asked]:
+def direction(scene: Scene, rng: np.random.Generator) -> Iterator[Draft]:
     """Which way something moves."""
     movers = [thing for thing in scene.things if thing.direction] if scene.theme == "motion" else []
     if movers or scene.theme == "nothing":
         absent = f"Which way does the {missing(rng, scene)} move?"
         thing = pick(rng, movers) if movers else None
         text = f"Which way does the {thing.name} move?" if thing else absent
-        yield Asked(text, (thing.direction if thing else None) or "left", list(DIRECTIONS), absent)
+        yield Draft(text, (thing.direction if thing else None) or "left", list(DIRECTIONS), absent)
 
 
-def speed(scene: Scene, rng: np.random.Generator) -> Iterator[Asked]:
+def speed(scene: Scene, rng: np.random.Generator) -> Iterator[Draft]:
     """Which of two things is faster or slower."""
     fast = [thing for thing in scene.things if thing.speed == "fast"]
     slow = [thing for thing in scene.things if thing.speed == "slow"]
@@ -212,10 +212,10 @@ def speed(scene: Scene, rng: np.random.Generator) -> Iterator[Asked]:
         word = rng.integers(2)
         names = pair if rng.random() < 0.5 else pair[::-1]
         text = f"Which moves {('faster', 'slower')[word]}, the {names[0]} or the {names[1]}?"
-        yield Asked(text, pair[word], names)
+        yield Draft(text, pair[word], names)
 
 
-def ends(scene: Scene, rng: np.random.Generator) -> Iterator[Asked]:
+def ends(scene: Scene, rng: np.random.Generator) -> Iterator[Draft]:
     """What appears or vanishes first or last."""
     found = events(scene)
     verb = ("appear", "vanish")[rng.integers(2)]
@@ -223,10 +223,10 @@ def ends(scene: Scene, rng: np.random.Generator) -> Iterator[Asked]:
     if len(alike) > 1:
         last = rng.integers(2)
         names = [event.name for event in alike]
-        yield Asked(f"What {alike[0].does} {('first', 'last')[last]}?", names[-last], NAMES, tempting=names)
+        yield Draft(f"What {alike[0].does} {('first', 'last')[last]}?", names[-last], NAMES, tempting=names)
 
 
-def neighbours(scene: Scene, rng: np.random.Generator) -> Iterator[Asked]:
+def neighbours(scene: Scene, rng: np.random.Generator) -> Iterator[Draft]:
     """What happens right before or after something else does."""
     found = sorted(events(scene))
     if len(found) < 2:
@@ -237,10 +237,10 @@ def neighbours(scene: Scene, rng: np.random.Generator) -> Iterator[Asked]:
     answers = [f"{name} {verb}" for name in NAMES for verb in ("appears", "vanishes")]
     wrong = [str(event) for event in found if event not in (known, asked)]
     text = f"What happens right {('before', 'after')[after]} the {known}?"
-    yield Asked(text, str(asked), answers, tempting=wrong)
+    yield Draft(text, str(asked), answers, tempting=wrong)
 
 
-KINDS: dict[str, Callable[[Scene, np.random.Generator], Iterator[Asked]]] = {
+KINDS: dict[str, Callable[[Scene, np.random.Generator], Iterator[Draft]]] = {
     "order": order,
     "camera": camera,
     "orientation": orientation,

@@ -31,7 +31,8 @@ THEMES = {"motion": 0.3, "events": 0.3, "camera": 0.15, "counting": 0.1, "orient
 
 SIZES = ((96, 96), (128, 128), (120, 160), (144, 144), (128, 160), (160, 120))
 RATES = (8, 10, 12, 15, 24, 30)
-FRAMES = (16, 41)
+LENGTHS = (16, 41)
+"""Frames of a clip, the last excluded."""
 SPEEDS = {"fast": (0.5, 0.62), "slow": (0.18, 0.26)}
 """How far a thing gets in the whole clip, as a share of the picture."""
 
@@ -166,7 +167,7 @@ def draw_scene(rng: np.random.Generator, training: bool, theme: str | None = Non
         travel=float(travel),
         size=SIZES[rng.integers(len(SIZES))],
         rate=RATES[rng.integers(len(RATES))],
-        frames=int(rng.integers(*FRAMES)),
+        frames=int(rng.integers(*LENGTHS)),
         codec="vp9" if rng.random() < 0.25 else "h264",
         seed=int(rng.integers(2**31)),
     )

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from merv_fast.training.tiny.__main__ import main, write_examples
-from merv_fast.training.tiny.evaluation import Asked, Blind, Score, held_out_questions, is_new, plan, scores
+from merv_fast.training.tiny.answering import Score
+from merv_fast.training.tiny.evaluation import Asked, Blind, held_out_questions, is_new, plan, scores
 from merv_fast.training.tiny.questions import KINDS, Question, questions_about
 from merv_fast.training.tiny.scenes import draw_scene
 from merv_fast.video import open_video
