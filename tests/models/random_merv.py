@@ -10,19 +10,19 @@ import dataclasses
 from typing import Any, cast
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from merv_fast.encoders import EncoderConfig, encoder_config
-from merv_fast.models.chat_templates import chat_template
 from merv_fast.models.configuration import MERV_BASE, MervConfig, MervEncoderConfig
 from merv_fast.models.merv_model import MervModel
 from merv_fast.models.modeling import MervForConditionalGeneration
-from merv_fast.models.processing import MervProcessor, MervVideoProcessor
+from merv_fast.models.processing import MervProcessor
+from merv_fast.training.tiny.model import SPECIAL_TOKENS
+from merv_fast.training.tiny.model import tiny_processor as processor_of
+from merv_fast.training.tiny.model import tiny_tokenizer as tokenizer_of
 
 __all__ = ["build_tiny", "tiny_config", "tiny_encoders", "tiny_tokenizer"]
 
-SPECIAL_TOKENS = ["<PAD>", "<s>", "</s>", "<|video_pad|>"]
 SENTENCES = (
     "What happens in this video? What color is the ball? Which way does the ball move? How many shapes are there?",
     "The red ball moves to the right. The blue box rises slowly. A green square turns left and stops.",
@@ -71,27 +71,8 @@ def tiny_config() -> MervConfig:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 512 tokens that begins each text with ``<s>``, as LLaMA's does."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=512,
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(SENTENCES, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<PAD>",
-        extra_special_tokens=["<|video_pad|>"],
-    )
+    """A tokenizer that knows some words."""
+    return tokenizer_of(SENTENCES)
 
 
 def build_tiny(seed: int = 0) -> MervModel:
@@ -102,12 +83,6 @@ def build_tiny(seed: int = 0) -> MervModel:
     return MervModel(model, tiny_processor(model))
 
 
-def tiny_processor(model: MervForConditionalGeneration, **kwargs: Any) -> MervProcessor:
+def tiny_processor(model: MervForConditionalGeneration) -> MervProcessor:
     """Its processor."""
-    return MervProcessor(
-        MervVideoProcessor(num_frames=max(model.config.num_frames)),
-        tiny_tokenizer(),
-        chat_template=chat_template(model.config.prompt_format, "<|video_pad|>"),
-        num_video_tokens=model.video_model.num_video_tokens,
-        **kwargs,
-    )
+    return processor_of(model, tiny_tokenizer())
