@@ -124,7 +124,7 @@ class Blind:
                 self.seen[key][question.answer] += 1
 
     def answer(self, question: Question) -> str:
-        """The likeliest answer to a question that is known a little, by ten earlier ones or by all alike."""
+        """The likeliest answer to a question that was asked `ENOUGH` times, exactly or alike, or else by its kind."""
         known = [key for key in keys(question) if key in self.seen]
         chosen = next((key for key in known if self.seen[key].total() >= ENOUGH), known[-1])
         return self.seen[chosen].most_common(1)[0][0]

@@ -62,7 +62,7 @@ class Run:
     processes: int = 2
 
     def __call__(self) -> MervModel:
-        """Run every stage that has not been, and write the model."""
+        """Run every stage that has not been, and return the model."""
         clips = self.stage("clips", self.make, self.read)
         model = self.start()
         for name, (epochs, rate) in self.pretraining.items():
