@@ -58,6 +58,7 @@ class MervConfig(PreTrainedConfig):
         max_text_length: tokens to which a prompt is truncated, visual tokens not counted.
         model_id: name of the model, for people.
         trained: False for a model whose weights are random.
+        domain: all that the model knows, for people; empty for one that knows the world.
 
     Source: ``merv/conf/models.py`` of the reference and its checkpoints' ``config.json``.
     """
@@ -76,6 +77,7 @@ class MervConfig(PreTrainedConfig):
     max_text_length: int = 2048
     model_id: str = "merv-base"
     trained: bool = True
+    domain: str = ""
 
     LLAMA2_7B: ClassVar[dict[str, Any]] = {
         "model_type": "llama",

@@ -115,7 +115,7 @@ def train(
     video_model = vidlm.model.video_model
     count, tokens = max(vidlm.config.num_frames), video_model.num_video_tokens
     chosen.apply(vidlm.model)
-    vidlm.config.trained = True
+    vidlm.config.trained, vidlm.config.domain = True, ""
     trainer = MervTrainer(
         stage=chosen,
         model=vidlm.model,

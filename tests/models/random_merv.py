@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any, cast
 
 import torch
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from merv_fast.encoders import EncoderConfig, encoder_config
@@ -17,12 +18,12 @@ from merv_fast.models.configuration import MERV_BASE, MervConfig, MervEncoderCon
 from merv_fast.models.merv_model import MervModel
 from merv_fast.models.modeling import MervForConditionalGeneration
 from merv_fast.models.processing import MervProcessor
-from merv_fast.training.tiny.model import SPECIAL_TOKENS
+from merv_fast.training.tiny.model import SPECIAL_TOKENS, learned_tokenizer
 from merv_fast.training.tiny.model import tiny_processor as processor_of
-from merv_fast.training.tiny.model import tiny_tokenizer as tokenizer_of
 
 __all__ = ["build_tiny", "tiny_config", "tiny_encoders", "tiny_tokenizer"]
 
+VOCABULARY = 512
 SENTENCES = (
     "What happens in this video? What color is the ball? Which way does the ball move? How many shapes are there?",
     "The red ball moves to the right. The blue box rises slowly. A green square turns left and stops.",
@@ -46,7 +47,7 @@ def tiny_encoders() -> dict[str, EncoderConfig]:
 def tiny_config() -> MervConfig:
     """Its configuration: 16 visual tokens a slot, 256 in all, before a LLaMA of two layers."""
     text = LlamaConfig(
-        vocab_size=512,
+        vocab_size=VOCABULARY,
         hidden_size=96,
         intermediate_size=256,
         num_hidden_layers=2,
@@ -72,7 +73,7 @@ def tiny_config() -> MervConfig:
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer that knows some words."""
-    return tokenizer_of(SENTENCES)
+    return learned_tokenizer(SENTENCES, ByteLevel(add_prefix_space=False), VOCABULARY)
 
 
 def build_tiny(seed: int = 0) -> MervModel:

@@ -1,4 +1,6 @@
-"""``python -m merv_fast.training.tiny train FOLDER``, ``eval``, ``examples FOLDER``: make merv-tiny, and measure it."""
+"""Make merv-tiny, and measure it: ``python -m merv_fast.training.tiny train FOLDER``, ``eval``, ``weights FOLDER``,
+``examples FOLDER``.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,13 @@ from rich.table import Table
 from merv_fast.models import load_vid
 from merv_fast.training.tiny.answering import Score
 from merv_fast.training.tiny.evaluation import Asked, Blind, ask_all, held_out_questions, scores
-from merv_fast.training.tiny.questions import KINDS, questions_about
+from merv_fast.training.tiny.questions import KINDS, UNKNOWN, questions_about
 from merv_fast.training.tiny.recipe import Run
 from merv_fast.training.tiny.scenes import draw_scene
+from merv_fast.training.tiny.weighing import activating, by_theme, weigh
+from merv_fast.video.drawing import png
 
-TRAINING_SEED, EVALUATION_SEED, EXAMPLES_SEED = 1, 2, 3
+TRAINING_SEED, EVALUATION_SEED, EXAMPLES_SEED, WEIGHTS_SEED = 1, 2, 3, 4
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -36,8 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     evaluate.add_argument("--model", default="merv-tiny", help="a directory, or %(default)s")
     evaluate.add_argument("--questions", type=int, default=2200, help="at least so many (default %(default)s)")
     evaluate.add_argument("--json", type=Path, help="write every question and answer there")
-    chosen = commands.add_parser("examples", help="a new clip for each kind of question")
+    chosen = commands.add_parser("examples", help="for each kind of question a new clip, about which it is right")
     chosen.add_argument("folder", type=Path)
+    chosen.add_argument("--model", default="merv-tiny", help="a directory, or %(default)s")
+    weights = commands.add_parser("weights", help="encoders' weights by theme; the clips that most activate each")
+    weights.add_argument("folder", type=Path, help="for a picture of each encoder")
+    weights.add_argument("--model", default="merv-tiny", help="a directory, or %(default)s")
+    weights.add_argument("--clips", type=int, default=40, help="of each theme (default %(default)s)")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if given.command == "train":
@@ -45,8 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model.save_pretrained(given.folder / "model")
     elif given.command == "eval":
         report(given.model, given.questions, given.json)
+    elif given.command == "weights":
+        draw_weights(given.model, given.folder, given.clips)
     else:
-        write_examples(given.folder)
+        with TemporaryDirectory() as scratch:
+            asked = held_out_questions(Path(scratch), len(KINDS) * 10, EXAMPLES_SEED)
+            write_examples(given.folder, asked, ask_all(load_vid(given.model), asked))
 
 
 def report(model: str, count: int, file: Path | None) -> None:
@@ -83,21 +96,33 @@ def score_table(found: dict[str, Score], guessed: dict[str, Score]) -> Table:
     return table
 
 
-def write_examples(folder: Path) -> None:
-    """Clips and ``questions.json``: of each kind the first question about a new clip."""
+def draw_weights(model: str, folder: Path, each: int) -> None:
+    """Print encoders' weights by theme, and draw the clips that most activate each."""
     folder.mkdir(parents=True, exist_ok=True)
+    table = Table("theme")
     with TemporaryDirectory() as scratch:
-        first: dict[str, Asked] = {}
-        shown: set[Path] = set()
-        for each in held_out_questions(Path(scratch), len(KINDS) * 10, EXAMPLES_SEED):
-            if each.question.kind not in first and each.clip not in shown:
-                first[each.question.kind] = each
-                shown.add(each.clip)
-        rows = []
-        for kind, each in first.items():
-            name = f"{kind.replace(' ', '-')}{each.clip.suffix}"
-            shutil.copy(each.clip, folder / name)
-            rows.append({"clip": name, "kind": kind, "question": each.question.text, "answer": each.question.answer})
+        weighed = weigh(load_vid(model), Path(scratch), each, WEIGHTS_SEED)
+        for name in weighed[0].weights:
+            table.add_column(name, justify="right")
+            (folder / f"merv-tiny-{name}.png").write_bytes(png(activating(weighed, name)))
+    for theme, weights in by_theme(weighed).items():
+        table.add_row(theme, *(f"{weight:.3f}" for weight in weights.values()))
+    Console().print(table)
+
+
+def write_examples(folder: Path, asked: Sequence[Asked], answers: Sequence[str]) -> None:
+    """Clips and ``questions.json``: of each kind the first question that was answered, and rightly."""
+    folder.mkdir(parents=True, exist_ok=True)
+    first: dict[str, Asked] = {}
+    for each, answer in zip(asked, answers, strict=True):
+        right = answer == each.question.answer != UNKNOWN
+        if right and each.question.kind not in first and each.clip not in [shown.clip for shown in first.values()]:
+            first[each.question.kind] = each
+    rows = []
+    for kind, each in first.items():
+        name = f"{kind.replace(' ', '-')}{each.clip.suffix}"
+        shutil.copy(each.clip, folder / name)
+        rows.append({"clip": name, "kind": kind, "question": each.question.text, "answer": each.question.answer})
     (folder / "questions.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
@@ -17,17 +16,17 @@ from merv_fast.models.modeling import MervForConditionalGeneration
 from merv_fast.models.splice import IGNORE_INDEX
 from merv_fast.training.data import Entry, Turn
 from merv_fast.training.tiny.clips import Clips, batches
-from merv_fast.training.tiny.pretraining import EVERY, pixels_of
+from merv_fast.training.tiny.exercises import exercises
+from merv_fast.training.tiny.learning import Learner
+from merv_fast.training.tiny.pretraining import see
 from merv_fast.training.tiny.questions import Question, questions_about
 from merv_fast.training.tokens import conversation_tokens
 
 __all__ = ["Rows", "Score", "encode_clips", "learn_to_answer", "pack", "run_rows", "score"]
 
 
-logger = logging.getLogger("merv_fast")
-
-FUSION = 0.003
-"""The fusion's learning rate, as a share of that of all else."""
+MUON = 0.004
+"""Muon's learning rate. At five times as much, what `prime` has set is gone before it has been of use."""
 
 
 class Rows(NamedTuple):
@@ -82,20 +81,10 @@ def run_rows(model: MervForConditionalGeneration, rows: Rows, features: Sequence
     return model.get_output_embeddings()(hidden[:, :-1][learned]), rows.labels[:, 1:][learned]
 
 
-@torch.no_grad()
-def encode_clips(model: MervForConditionalGeneration, clips: Clips, batch: int = 16) -> list[NDArray[np.float16]]:
+def encode_clips(model: MervForConditionalGeneration, clips: Clips) -> list[NDArray[np.float16]]:
     """What each encoder returns for all clips: [N, T, N_e, C] each."""
-    from rich.progress import track
-
-    found: list[NDArray[np.float16]] = []
-    for name, module in model.video_model.encoders.items():
-        encoder = cast("VisionTransformer", module)
-        shape = (len(clips.frames), encoder.config.slots, encoder.config.tokens_per_slot, encoder.config.width)
-        features = np.empty(shape, np.float16)
-        for start in track(range(0, len(clips.frames), batch), f"{name} sees"):
-            features[start : start + batch] = encoder(pixels_of(clips.frames[start : start + batch], encoder)).numpy()
-        found.append(features)
-    return found
+    encoders = model.video_model.encoders.items()
+    return [see(cast("VisionTransformer", encoder), name, clips) for name, encoder in encoders]
 
 
 def learn_to_answer(
@@ -105,11 +94,14 @@ def learn_to_answer(
     features: Sequence[NDArray[np.float16]],
     epochs: int,
     batch: int = 16,
-    most: int = 8,
-    rate: float = 1.5e-3,
+    most: int = 10,
+    exercised: int = 300,
+    rate: float = 1e-3,
     seed: int = 0,
-) -> list[float]:
-    """Train all but the encoders.
+    rank: int = 0,
+    ranks: int = 1,
+) -> list[dict[str, float]]:
+    """Train the language model; encoders, projectors and fusion stay as they are.
 
     Args:
         model: to be trained.
@@ -119,47 +111,43 @@ def learn_to_answer(
         epochs: how often each clip is asked about.
         batch: clips of a step.
         most: questions of a clip.
-        rate: the learning rate at its peak.
+        exercised: steps, the first ones, in which each clip's questions are followed by two of `exercises`.
+        rate: AdamW's learning rate at its peak, for all but the matrices that `Muon` moves.
         seed: of clips' order and of questions.
+        rank: which of the processes of the default group this is, each of which takes a share of every batch.
+        ranks: how many there are.
 
     Returns:
-        The loss, every `EVERY` steps the mean since the last.
+        The loss, as of `Learner.log`.
     """
     from rich.progress import track
 
-    rng = np.random.default_rng([seed, 1])
+    rng = np.random.default_rng([seed, 1, rank])
     model.requires_grad_(True).train()
-    model.video_model.encoders.requires_grad_(False).eval()
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    fusion = set(model.video_model.tail.fusion.parameters())
-    groups: list[dict[str, Any]] = [
-        {"params": [parameter for parameter in learning if parameter not in fusion]},
-        # Before the language model reads what an encoder tells, to weigh it less seems to help, and it stays unread.
-        {"params": list(fusion), "lr": FUSION * rate},
-    ]
+    # What nothing is read from yet would only be forgotten.
+    model.video_model.requires_grad_(False).eval()
     steps = epochs * (len(clips.scenes) // batch)
-    optimiser = torch.optim.AdamW(groups, lr=rate, weight_decay=0.05, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [rate, FUSION * rate], steps, pct_start=0.05)
-    log: list[float] = []
-    since: list[float] = []
-    for chosen in track(batches(len(clips.scenes), batch, epochs, seed), "answers", total=steps):
+    learner = learner_of(model, rate, steps, together=ranks > 1)
+    for chosen in track(batches(len(clips.scenes), batch, epochs, seed), "answers", total=steps, disable=rank > 0):
+        chosen = chosen[rank::ranks]
         shown = [clips.scenes[place] for place in chosen]
-        asked = [some([*questions_about(scene, rng), *questions_about(scene, rng)], most, rng) for scene in shown]
+        asked = [some([each for _ in range(6) for each in questions_about(scene, rng)], most, rng) for scene in shown]
+        if learner.step < exercised:
+            asked = [[*questions, *exercises(rng, 2)] for questions in asked]
         given = [torch.from_numpy(each[chosen]).float() for each in features]
         logits, right = run_rows(model, pack(asked, model, tokenizer), given)
-        loss = nn.functional.cross_entropy(logits, right)
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(learning, 1.0)
-        optimiser.step()
-        schedule.step()
-        since.append(loss.item())
-        if len(since) == EVERY:
-            log.append(float(np.mean(since)))
-            since = []
-            logger.info("answers, step %d: loss %.3f", len(log) * EVERY, log[-1])
+        learner.learn(nn.functional.cross_entropy(logits, right))
     model.eval()
-    return log
+    return learner.log
+
+
+def learner_of(model: MervForConditionalGeneration, rate: float, steps: int, together: bool) -> Learner:
+    """Muon for the matrices of the language model's layers, AdamW for all else that learns."""
+    layers: Any = model.get_decoder().layers
+    matrices = [parameter for parameter in layers.parameters() if parameter.ndim == 2]
+    inside = set(matrices)
+    rest = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in inside]
+    return Learner("answers", matrices, rest, steps, (MUON, rate), rising=0.01, falling=0.5, together=together)
 
 
 def some(questions: list[Question], most: int, rng: np.random.Generator) -> list[Question]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,11 +12,10 @@ from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits, cr
 
 from merv_fast.encoders import VisionTransformer
 from merv_fast.training.tiny.clips import FRAMES, GRID, SIDE, SLOTS, Clips, Truth, batches
+from merv_fast.training.tiny.learning import Learner
 from merv_fast.training.tiny.scenes import CAMERAS, COLOURS, SHAPES
 
-__all__ = ["EVERY", "OBJECTIVES", "Heads", "means", "pixels_of", "pretrain"]
-
-logger = logging.getLogger("merv_fast")
+__all__ = ["OBJECTIVES", "Heads", "pixels_of", "pretrain", "see"]
 
 CLASSES = {"colour": 7, "shape": 7, "points": 5, "moves": 6, "speed": 3, "appears": SLOTS + 1, "vanishes": SLOTS + 2}
 """Classes of each field of `Truth`, 0 of which is the background."""
@@ -53,13 +50,13 @@ OBJECTIVES = {
 }
 """By the encoder's name."""
 
+MUON = 0.02
+"""Muon's learning rate."""
+
 OUTLINE = 3 * SIDE // GRID // 2
 
 NOISE = 20.0
 """Square of the step from pixel to pixel that codecs leave in what is flat."""
-
-EVERY = 10
-"""Steps that are averaged to one entry of a log."""
 
 SHARE = 0.25
 """Weight of a patch of background, of which there are about six for each other."""
@@ -185,7 +182,14 @@ def place_patches(encoder: VisionTransformer) -> None:
 
 
 def pretrain(
-    encoder: VisionTransformer, name: str, clips: Clips, epochs: int, batch: int = 8, rate: float = 2e-3, seed: int = 0
+    encoder: VisionTransformer,
+    name: str,
+    clips: Clips,
+    epochs: int,
+    batch: int = 8,
+    rate: float = 2e-3,
+    seed: int = 0,
+    progress: bool = True,
 ) -> list[dict[str, float]]:
     """Train an encoder on its own objective.
 
@@ -195,11 +199,12 @@ def pretrain(
         clips: to train on.
         epochs: how often each clip is seen.
         batch: clips of a step; of what sees single frames so many times the slots, of each clip one frame.
-        rate: the learning rate at its peak.
+        rate: AdamW's learning rate at its peak, for all but the matrices that `Muon` moves.
         seed: of the order of the clips.
+        progress: whether to show a bar.
 
     Returns:
-        Loss and shares of right patches, every `EVERY` steps the mean since the last.
+        Loss and shares of right patches, as of `Learner.log`.
     """
     from rich.progress import track
 
@@ -210,13 +215,12 @@ def pretrain(
     shown = moving(clips) if OBJECTIVES[name].flow else np.arange(len(clips.frames))
     size = SLOTS * batch if single else batch
     steps = epochs * (len(shown) // size)
-    parameters = [*encoder.parameters(), *heads.parameters()]
-    optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.05, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, steps, pct_start=0.1)
-    log: list[dict[str, float]] = []
-    since: list[dict[str, float]] = []
+    matrices = [parameter for parameter in encoder.blocks.parameters() if parameter.ndim == 2]
+    inside = set(matrices)
+    rest = [each for each in (*encoder.parameters(), *heads.parameters()) if each not in inside]
+    learner = Learner(name, matrices, rest, steps, (MUON, rate), rising=0.1, falling=0.6)
     encoder.train()
-    for chosen in track(batches(len(shown), size, epochs, seed), name, total=steps):
+    for chosen in track(batches(len(shown), size, epochs, seed), name, total=steps, disable=not progress):
         chosen = np.sort(shown[chosen])
         frames, truth, front = clips.frames[chosen], clips.truth[chosen], clips.front[chosen]
         if single:
@@ -227,19 +231,23 @@ def pretrain(
         there, camera = (torch.from_numpy(each) for each in (truth, clips.camera[chosen]))
         flow = flows(frames) if OBJECTIVES[name].flow else tokens
         loss, right = heads(tokens, there, torch.from_numpy(front), flow, camera)
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        schedule.step()
-        since.append({"loss": loss.item(), **right})
-        if len(since) == EVERY:
-            log.append(means(since))
-            since = []
-            told = {key: round(value, 3) for key, value in log[-1].items()}
-            logger.info("%s, step %d: %s", name, len(log) * EVERY, told)
+        learner.learn(loss, **right)
     encoder.eval()
-    return log
+    return learner.log
+
+
+@torch.no_grad()
+def see(
+    encoder: VisionTransformer, name: str, clips: Clips, batch: int = 16, progress: bool = True
+) -> NDArray[np.float16]:
+    """What an encoder returns for all clips: [N, T, N_e, C]."""
+    from rich.progress import track
+
+    count, config = len(clips.frames), encoder.config
+    seen = np.empty((count, config.slots, config.tokens_per_slot, config.width), np.float16)
+    for start in track(range(0, count, batch), f"{name} sees", disable=not progress):
+        seen[start : start + batch] = encoder(pixels_of(clips.frames[start : start + batch], encoder)).numpy()
+    return seen
 
 
 def moving(clips: Clips) -> NDArray[np.int64]:
@@ -250,8 +258,3 @@ def moving(clips: Clips) -> NDArray[np.int64]:
 def sees_frames(encoder: VisionTransformer) -> bool:
     """Whether an encoder's frames do not look at each other: then one of a clip teaches as much as all."""
     return encoder.config.attention == "frame" and encoder.config.temporal_window is None
-
-
-def means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Of every key, without what is not a number."""
-    return {key: float(np.nanmean([row[key] for row in rows])) for key in rows[0]}

@@ -2,7 +2,7 @@ import pytest
 
 from merv_fast.training.tiny.recipe import Run
 
-PRETRAINING = {"languagebind": (2, 2e-3), "dinov2": (12, 2e-3), "vivit": (4, 2e-3), "siglip": (12, 2e-3)}
+PRETRAINING = {"languagebind": 2, "dinov2": 12, "vivit": 4, "siglip": 12}
 
 
 @pytest.fixture(scope="session")

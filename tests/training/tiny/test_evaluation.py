@@ -10,7 +10,7 @@ import pytest
 from merv_fast.training.tiny.__main__ import main, write_examples
 from merv_fast.training.tiny.answering import Score
 from merv_fast.training.tiny.evaluation import Asked, Blind, held_out_questions, is_new, plan, scores
-from merv_fast.training.tiny.questions import KINDS, Question, questions_about
+from merv_fast.training.tiny.questions import KINDS, UNKNOWN, Question, questions_about
 from merv_fast.training.tiny.scenes import draw_scene
 from merv_fast.video import open_video
 
@@ -66,12 +66,18 @@ def test_guessing_finds_what_can_be_guessed():
     assert blind.answer(Question("colour", "What colour is the cross?", "?", 0.5)) == "red"
 
 
-def test_examples_are_one_of_each_kind(tmp_path):
-    write_examples(tmp_path)
-    rows = json.loads((tmp_path / "questions.json").read_text())
+def test_examples_are_one_of_each_kind_that_is_answered_rightly(tmp_path):
+    asked = held_out_questions(tmp_path / "new", 66, seed=2, processes=1)
+    answers = [each.question.answer for each in asked]
+    wrong = next(place for place, answer in enumerate(answers) if answer != UNKNOWN)
+    answers[wrong] = "nothing"
+    write_examples(tmp_path / "chosen", asked, answers)
+    rows = json.loads((tmp_path / "chosen/questions.json").read_text())
     assert sorted(row["kind"] for row in rows) == sorted(KINDS)
-    assert all(open_video(tmp_path / row["clip"]).fps > 0 for row in rows)
-    assert len({(tmp_path / row["clip"]).read_bytes() for row in rows}) == len(rows)
+    assert all(open_video(tmp_path / "chosen" / row["clip"]).fps > 0 for row in rows)
+    assert len({(tmp_path / "chosen" / row["clip"]).read_bytes() for row in rows}) == len(rows)
+    assert UNKNOWN not in [row["answer"] for row in rows]
+    assert asked[wrong].question.text not in [row["question"] for row in rows]
 
 
 def test_a_command_that_is_not_there(capsys):
