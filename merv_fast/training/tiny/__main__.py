@@ -1,5 +1,5 @@
 """Make merv-tiny, and measure it: ``python -m merv_fast.training.tiny train FOLDER``, ``eval``, ``weights FOLDER``,
-``examples FOLDER``.
+``ablate FOLDER``, ``examples FOLDER``.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from merv_fast.models import load_vid
+from merv_fast.models import MervModel, load_vid
+from merv_fast.training.tiny.ablating import VARIANTS, ablate
 from merv_fast.training.tiny.answering import Score
 from merv_fast.training.tiny.evaluation import Asked, Blind, ask_all, held_out_questions, scores
 from merv_fast.training.tiny.questions import KINDS, UNKNOWN, questions_about
@@ -40,6 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     evaluate.add_argument("--model", default="merv-tiny", help="a directory, or %(default)s")
     evaluate.add_argument("--questions", type=int, default=2200, help="at least so many (default %(default)s)")
     evaluate.add_argument("--json", type=Path, help="write every question and answer there")
+    parts = commands.add_parser("ablate", help="the same with other parts, from the encoders of a training run")
+    parts.add_argument("folder", type=Path, help="of the run; scores go to ablations.json in it")
+    parts.add_argument("--epochs", type=int, default=1, help="how often a clip is asked about (default %(default)s)")
+    parts.add_argument("--clips", type=int, default=800, help="new ones to ask about (default %(default)s)")
     chosen = commands.add_parser("examples", help="for each kind of question a new clip, about which it is right")
     chosen.add_argument("folder", type=Path)
     chosen.add_argument("--model", default="merv-tiny", help="a directory, or %(default)s")
@@ -50,16 +56,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if given.command == "train":
-        model = Run(given.folder, given.seed, given.clips)()
-        model.save_pretrained(given.folder / "model")
+        save_in_half(Run(given.folder, given.seed, given.clips)(), given.folder / "model")
     elif given.command == "eval":
         report(given.model, given.questions, given.json)
+    elif given.command == "ablate":
+        compare(Run(given.folder), given.epochs, given.clips)
     elif given.command == "weights":
         draw_weights(given.model, given.folder, given.clips)
     else:
         with TemporaryDirectory() as scratch:
             asked = held_out_questions(Path(scratch), len(KINDS) * 10, EXAMPLES_SEED)
             write_examples(given.folder, asked, ask_all(load_vid(given.model), asked))
+
+
+def save_in_half(vidlm: MervModel, folder: Path) -> None:
+    """Weights in bfloat16, which those who load them compute with in float32."""
+    vidlm.to("cpu", dtype=torch.bfloat16)
+    vidlm.save_pretrained(folder)
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) | {"dtype": "float32"}
+    file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def report(model: str, count: int, file: Path | None) -> None:
@@ -94,6 +110,24 @@ def score_table(found: dict[str, Score], guessed: dict[str, Score]) -> Table:
         shares = (score.right, blind.right, score.chance)
         table.add_row(kind, str(score.asked), *(f"{share / score.asked:.3f}" for share in shares))
     return table
+
+
+def compare(run: Run, epochs: int, count: int) -> None:
+    """Train all variants, and print how many answers are right; kinds count alike in the mean, and all are kept."""
+    table = Table("variant")
+    for column in ("visual tokens", "mean", "worst"):
+        table.add_column(column, justify="right")
+    table.add_column("of")
+    rows = {}
+    for name, ablation in zip(VARIANTS, ablate(run, count, EVALUATION_SEED, epochs), strict=True):
+        shares = {kind: ablation.scores[kind].right / ablation.scores[kind].asked for kind in KINDS}
+        shares["mean"] = sum(shares.values()) / len(shares)
+        asked = sum(score.asked for score in ablation.scores.values())
+        rows[name] = {"visual tokens": ablation.tokens, "questions": asked, **shares}
+        (run.folder / "ablations.json").write_text(json.dumps(rows, indent=1))
+        worst = min(shares, key=lambda kind: shares[kind])
+        table.add_row(name, str(ablation.tokens), f"{shares['mean']:.3f}", f"{shares[worst]:.3f}", worst)
+    Console().print(table)
 
 
 def draw_weights(model: str, folder: Path, each: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ class Learner:
     Args:
         name: in the log.
         matrices: parameters that `Muon` moves; may be none.
-        others: parameters that AdamW moves.
+        others: parameters that AdamW moves, or groups of them as torch's optimisers take, some with an ``lr``.
         steps: how many there will be.
         rates: learning rates of Muon and of AdamW at their peak.
         rising: the share of them, the first ones, in which learning rates rise to their peak.
@@ -41,7 +42,7 @@ class Learner:
         self,
         name: str,
         matrices: Iterable[nn.Parameter],
-        others: Iterable[nn.Parameter],
+        others: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
         steps: int,
         rates: tuple[float, float],
         rising: float,
@@ -50,11 +51,11 @@ class Learner:
     ) -> None:
         self.name = name
         self.together = together
-        matrices, others = list(matrices), list(others)
-        self.parameters = [*matrices, *others]
         self.optimisers: list[Optimizer] = [AdamW(others, lr=rates[1], weight_decay=0.01, betas=(0.9, 0.98))]
-        if matrices:
+        if matrices := list(matrices):
             self.optimisers.append(Muon(matrices, lr=rates[0]))
+        groups = [group for optimiser in self.optimisers for group in optimiser.param_groups]
+        self.parameters: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
         share = partial(share_of_rate, steps=steps, rising=rising, falling=falling)
         self.schedules = [LambdaLR(optimiser, share) for optimiser in self.optimisers]
         self.log: list[dict[str, float]] = []

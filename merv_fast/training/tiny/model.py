@@ -58,8 +58,11 @@ def tiny_encoders() -> dict[str, EncoderConfig]:
     return configs
 
 
-def tiny_config() -> MervConfig:
-    """The configuration of merv-tiny: 16 visual tokens a slot, 128 in all, before a LLaMA of four layers."""
+def tiny_config(**changes: Any) -> MervConfig:
+    """The configuration of merv-tiny: 16 visual tokens a slot, 128 in all, before a LLaMA of four layers.
+
+    ``changes`` are arguments of `MervConfig`, for models like it.
+    """
     text = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=160,
@@ -72,17 +75,18 @@ def tiny_config() -> MervConfig:
         bos_token_id=1,
         eos_token_id=2,
     )
-    encoders = tiny_encoders()
-    return MervConfig(
-        encoders=list(encoders),
-        text_config=text,
-        projector_token_length=16,
-        fusion_query_width=160,
-        video_token_id=SPECIAL_TOKENS.index("<|video_pad|>"),
-        model_id="merv-tiny",
-        domain="clips of coloured shapes",
-        **{f"{name}_config": MervEncoderConfig.from_encoder(config) for name, config in encoders.items()},
-    )
+    configs = tiny_encoders()
+    arguments: dict[str, Any] = {
+        "encoders": list(configs),
+        "text_config": text,
+        "projector_token_length": 16,
+        "fusion_query_width": 160,
+        "video_token_id": SPECIAL_TOKENS.index("<|video_pad|>"),
+        "model_id": "merv-tiny",
+        "domain": "clips of coloured shapes",
+    } | changes
+    encoders = {f"{name}_config": MervEncoderConfig.from_encoder(configs[name]) for name in arguments["encoders"]}
+    return MervConfig(**arguments, **encoders)
 
 
 def tiny_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -123,13 +127,13 @@ def learned_tokenizer(
     )
 
 
-def build_tiny(texts: Iterable[str], seed: int = 0) -> MervModel:
+def build_tiny(texts: Iterable[str], seed: int = 0, **changes: Any) -> MervModel:
     """merv-tiny with random weights, and a tokenizer that knows the words of ``texts``.
 
-    Random but for what `prime` gives the language model.
+    Random but for what `prime` gives the language model. ``changes`` are those of `tiny_config`.
     """
     torch.manual_seed(seed)
-    model = MervForConditionalGeneration(tiny_config())
+    model = MervForConditionalGeneration(tiny_config(**changes))
     prime(cast(LlamaForCausalLM, model.language_model))
     return MervModel(model, tiny_processor(model, tiny_tokenizer(texts)))
 

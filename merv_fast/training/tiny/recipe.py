@@ -65,7 +65,7 @@ class Run:
     count: int = 10000
     pretraining: Mapping[str, int] = field(default_factory=lambda: dict(PRETRAINING))
     word_steps: int = 1200
-    answer_epochs: int = 5
+    answer_epochs: int = 7
     batch: int = 8
     processes: int = 2
 
@@ -77,14 +77,14 @@ class Run:
             self.stage("answers", partial(self.answers, meeting))
         return self.kept("answers")
 
-    def start(self) -> MervModel:
-        """The model before it has learned anything."""
+    def start(self, **changes: Any) -> MervModel:
+        """The model before it has learned anything; ``changes`` are those of `tiny_config`."""
         texts: list[str] = []
         for index in range(TEXTS):
             rng = np.random.default_rng([self.seed, index, 1])
             asked = questions_about(draw_scene(rng, training=False), rng)
             texts += [text for question in asked for text in (f"In: {question.text}\nOut:", question.answer)]
-        return build_tiny(texts, self.seed)
+        return build_tiny(texts, self.seed, **changes)
 
     def make(self) -> None:
         """Make the clips."""
@@ -111,7 +111,7 @@ class Run:
         return round(perf_counter() - start, 1), history
 
     def words(self) -> None:
-        """Align the projectors."""
+        """Align projectors and fusion."""
         model = self.start()
         for name, encoder in model.model.video_model.encoders.items():
             load_model(encoder, self.folder / f"{name}.safetensors")
