@@ -1,4 +1,4 @@
-# make demo: answer a question about the bundled clip. make test: lint, import rules, types and the whole suite.
+# make demo: answer questions about the bundled clips. make test: lint, import rules, types and the whole suite.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 KERNELS := $(wildcard csrc/* csrc/include/merv_fast/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow bench lint types clean
+.PHONY: help demo test test-slow tiny-eval bench lint types clean
 
 help: ## Show the targets.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -19,14 +19,17 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt $(KERNELS)
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[test]'
 	touch $@
 
-demo: $(VENV)/installed ## Ask merv-tiny about the bundled clip.
-	$(BIN)/merv-fast ask merv_fast/assets/clip.mp4 "What happens in this video?"
+demo: $(VENV)/installed ## Ask merv-tiny about the bundled clips.
+	$(BIN)/merv-fast demo
 
 test: lint types $(VENV)/installed ## Lint, import rules, types, and every test but the slow ones.
 	$(BIN)/python -m pytest -n auto --maxprocesses 8
 
 test-slow: $(VENV)/installed ## The long checks.
 	$(BIN)/python -m pytest -m slow
+
+tiny-eval: $(VENV)/installed ## The accuracy of merv-tiny on new clips, in a few minutes.
+	$(BIN)/python -m merv_fast.training.tiny eval
 
 bench: $(VENV)/installed ## Verify and time everything: the kernels on a GPU, else what a CPU can do.
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[bench]'

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -51,6 +52,16 @@ def refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> pytest.Test
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
         report.outcome, report.longrepr = "failed", f"MERV_FAST_REQUIRE_CUDA=1, but this was left out: {reason}"
     return report
+
+
+@pytest.fixture(scope="session")
+def random_merv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small MERV whose weights are random, so that its answers go on to the last token."""
+    from tests.models.random_merv import build_tiny
+
+    folder = tmp_path_factory.mktemp("random")
+    build_tiny().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ def test_a_streamed_answer_is_printed_once():
     assert "total" in streamed
 
 
-def test_text_comes_before_the_answer_is_complete(monkeypatch):
+def test_text_comes_before_the_answer_is_complete(monkeypatch, random_merv):
     """Each piece is out when the next one is made."""
     from transformers import TextStreamer
 
@@ -34,7 +34,7 @@ def test_text_comes_before_the_answer_is_complete(monkeypatch):
         "on_finalized_text",
         lambda self, text, stream_end=False: seen.append((text, stream_end)) or put(self, text, stream_end),
     )
-    assert runner.invoke(app, [*ASK, "--stream"]).exit_code == 0
+    assert runner.invoke(app, [*ASK, "--stream", "--model", str(random_merv)]).exit_code == 0
     assert [end for _, end in seen] == [False] * 6 + [True]
     assert sum(bool(text) for text, _ in seen) > 1
 
@@ -64,6 +64,6 @@ def test_too_many_windows_are_one_line(monkeypatch, capsys):
     assert stop.value.code == 1
     assert captured.out == ""
     assert captured.err.startswith(
-        "error: generate: windows must be at most 15 for the language model's 4096 positions"
+        "error: generate: windows must be at most 31 for the language model's 4096 positions"
     )
     assert runner.invoke(app, [*ASK, "--windows", "0"]).exit_code == 2

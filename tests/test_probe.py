@@ -35,9 +35,9 @@ def report(*arguments):
     return json.loads(probe(*arguments, "--json"))
 
 
-def test_as_json():
+def test_as_json(random_merv):
     clip = str(sample_clip())
-    got = report(clip)
+    got = report(clip, "--model", random_merv)
     encoders = got.pop("encoders")
     assert {name: encoder["frames"] for name, encoder in encoders.items()} == SHARES
     assert {encoder["size"] for encoder in encoders.values()} == {112}
@@ -56,13 +56,13 @@ def test_as_json():
         "duration": 4.0,
         "decoder": open_video(clip).decoder,
         "reason": "frames are wanted on the CPU",
-        "model": "merv-tiny",
+        "model": str(random_merv),
         "sheet": None,
     }
 
 
-def test_for_a_person():
-    text = probe(sample_clip())
+def test_for_a_person(random_merv):
+    text = probe(sample_clip(), "--model", random_merv)
     for words in (
         "h264, High, yuv420p",
         "320x240",
@@ -80,10 +80,9 @@ def test_for_a_person():
     assert "…" not in narrow
 
 
-def test_a_part_of_the_video():
-    assert report(sample_clip(), "--start", 1, "--end", 3)["encoders"]["vivit"]["frames"] == sample_indices(
-        100, 25.0, 32, 1.0, 3.0
-    )
+def test_a_part_of_the_video(random_merv):
+    part = report(sample_clip(), "--start", 1, "--end", 3, "--model", random_merv)
+    assert part["encoders"]["vivit"]["frames"] == sample_indices(100, 25.0, 32, 1.0, 3.0)
 
 
 @pytest.mark.parametrize("degrees", [0, 90, 180, 270])
@@ -107,9 +106,9 @@ def test_a_mirrored_video_says_so(tmp_path):
     assert "90 degrees counter-clockwise, then mirrored" in probe(path)
 
 
-def test_a_picture_and_a_folder(tmp_path):
+def test_a_picture_and_a_folder(random_merv, tmp_path):
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
-    got = report(tmp_path / "a.png")
+    got = report(tmp_path / "a.png", "--model", random_merv)
     assert (got["codec"], got["fps"], got["frames"], got["duration"]) == (None, 0.0, 1, None)
     assert got["encoders"]["vivit"]["frames"] == [0] * 32
     assert got["decoder"] == "PyAV (png picture)"
@@ -146,10 +145,11 @@ def read_line(sheet, top, left, count):
     return text.strip()
 
 
-def test_sheet(tmp_path):
+def test_sheet(random_merv, tmp_path):
     out = tmp_path / "sheet.png"
-    assert report(sample_clip(), "--sheet", out)["sheet"] == str(out)
-    assert f"contact sheet: {out}" in probe(sample_clip(), "--sheet", out).replace("\n", "")
+    asked = (sample_clip(), "--model", random_merv, "--sheet", out)
+    assert report(*asked)["sheet"] == str(out)
+    assert f"contact sheet: {out}" in probe(*asked).replace("\n", "")
     sheet = np.asarray(Image.open(out))
     assert Image.open(out).mode == "RGB"
     # Margins of 24, eight tiles of 112 with 6 between them; ten lines of tiles.

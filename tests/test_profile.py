@@ -38,16 +38,17 @@ NAMES = ["answer", *STAGES, *ENCODERS, *GROUPS, "splice", "prefill", "decode_tex
 
 
 @pytest.fixture(scope="module")
-def vidlm():
-    return merv_fast.load_vid("merv-tiny")
+def vidlm(random_merv):
+    return merv_fast.load_vid(random_merv)
 
 
 @pytest.fixture(scope="module")
-def profiled(tmp_path_factory):
+def profiled(tmp_path_factory, random_merv):
     """What the command printed, the trace, and the picture."""
     folder = tmp_path_factory.mktemp("profile")
     out, png = folder / "trace.json", folder / "timeline.png"
     options = ["--out", str(out), "--png", str(png), "--json", "--max-new-tokens", str(TOKENS), "--device", "cpu"]
+    options += ["--model", str(random_merv)]
     done = runner.invoke(app, ["profile", str(sample_clip()), *options])
     assert done.exit_code == 0, done.output
     return SimpleNamespace(printed=json.loads(done.stdout), trace=json.loads(out.read_text()), png=png, out=out)
@@ -133,7 +134,7 @@ def test_the_table_adds_up(profiled):
         assert line["gpu_ms"] is None
     shares = {line["name"]: line["share"] for line in profiled.printed["ranges"]}
     assert sum(shares[f"merv/{name}"] for name in STAGES) <= 1
-    assert profiled.printed["model"] == "merv-tiny"
+    assert profiled.printed["model"] == "merv-random"
     assert profiled.printed["device"] == "cpu"
     assert (profiled.printed["trace"], profiled.printed["png"]) == (str(profiled.out), str(profiled.png))
 
@@ -151,7 +152,7 @@ def test_the_picture_shows_bars_names_and_durations(profiled):
     picture = Image.open(profiled.png)
     assert (picture.mode, picture.width) == ("RGB", 1680)
     sheet = np.asarray(picture)
-    assert read_at(sheet, 24, 24, 26) == "CLIP.MP4, MERV-TINY ON CPU"
+    assert read_at(sheet, 24, 24, 28) == "CLIP.MP4, MERV-RANDOM ON CPU"
     assert read_at(sheet, 70, 24, 4) == "0 MS"
     ranges = ranges_of(profiled.trace)
     origin, last = ranges["answer"][0]
@@ -178,10 +179,11 @@ def test_the_picture_shows_bars_names_and_durations(profiled):
             assert (sheet[first_row + depth * row + row - 1, left] != colour).any()
 
 
-def test_for_a_person_and_over_what_is_there(profiled):
+def test_for_a_person_and_over_what_is_there(profiled, random_merv):
     before = profiled.out.stat().st_mtime_ns
     environment = dict(os.environ)
     options = ["--out", str(profiled.out), "--max-new-tokens", "2", "--device", "cpu", "--question", "Why?"]
+    options += ["--model", str(random_merv)]
     done = runner.invoke(app, ["profile", str(sample_clip()), *options], env={"COLUMNS": "100"})
     assert done.exit_code == 0
     assert all(f"merv/{name}" in done.stdout for name in NAMES)
@@ -639,15 +641,15 @@ def run_nsys(tmp_path, *arguments, fake=True, **env):
     )
 
 
-def test_nsys_records_one_answer_and_prints_the_tables(tmp_path):
-    done = run_nsys(tmp_path, str(sample_clip()), DEVICE="cpu", TOKENS="2", GPU="1")
+def test_nsys_records_one_answer_and_prints_the_tables(tmp_path, random_merv):
+    done = run_nsys(tmp_path, str(sample_clip()), str(random_merv), DEVICE="cpu", TOKENS="2", GPU="1")
     assert done.returncode == 0, done.stderr
     assert "the tables" in done.stdout
     assert (tmp_path / "out" / "nsys.txt").read_text() == "the tables\n"
     log = (tmp_path / "log").read_text().splitlines()
     assert log[0].startswith("profile|--trace=cuda,nvtx,osrt,cudnn,cublas|")
     assert "|--capture-range=cudaProfilerApi|" in log[0]
-    assert log[0].endswith(f"|{sample_clip()}|merv-tiny|What happens in this video?|cpu|2")
+    assert log[0].endswith(f"|{sample_clip()}|{random_merv}|What happens in this video?|cpu|2")
     assert re.fullmatch(r"stats\|.*--report\|nvtx_sum,cuda_gpu_kern_sum\|.*out/answer.nsys-rep", log[-1])
     assert (log[1], log[2], log[-2]) == ("start", "push merv/answer", "stop")
     assert {line.partition(" ")[2] for line in log if line.startswith("push")} == {f"merv/{name}" for name in NAMES}

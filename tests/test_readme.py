@@ -25,6 +25,7 @@ def adapted(block):
     for old, new in {
         '"merv-full"': '"merv-tiny"',
         "torch.bfloat16": "torch.float32",
+        "[16, 16, 32, 16]": "[8, 8, 16, 8]",
         '"video.mp4"': repr(str(sample_clip())),
         '"a.mp4"': repr(str(sample_clip())),
         '"b.mp4"': repr(str(sample_clip())),

@@ -78,13 +78,13 @@ def ask(
     if stream and as_json:
         raise typer.BadParameter("--stream must be left out with --json")
     loading = loader(model, device, dtype, llm_path, encoder, cache)
-    answer, trained = answer_question(video, question, loading, max_new_tokens, clip(start, end, fps), windows, stream)
+    answer, note = answer_question(video, question, loading, max_new_tokens, clip(start, end, fps), windows, stream)
     if as_json:
         typer.echo(answer_json(answer))
     else:
         show_answer(answer, streamed=stream)
-    if not trained:
-        typer.echo(f"note: {answer.model} has random weights; its answers are noise.", err=True)
+    if note:
+        typer.echo(note, err=True)
 
 
 @app.command()
@@ -319,6 +319,15 @@ def serve_llm(
     from merv_fast.cli.serve_llm import print_command
 
     print_command(model, out, dtype, port, answer_tokens, llm_path, pairs(encoder))
+
+
+@app.command()
+def demo(device: DeviceOption = "auto", dtype: DtypeOption = "auto") -> None:
+    """Ask merv-tiny about the bundled clips, and show answers and right answers; exit code 1 if one is wrong."""
+    from merv_fast.cli.demo import show_demo
+
+    if not show_demo(loader("merv-tiny", device, dtype, None, None, None)):
+        raise typer.Exit(1)
 
 
 @app.command()

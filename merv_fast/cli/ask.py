@@ -79,8 +79,8 @@ def answer_question(
     clip: dict[str, Any],
     windows: int = 1,
     stream: bool = False,
-) -> tuple[Answer, bool]:
-    """The answer, and whether the model was trained; with ``stream`` its text is printed while it is made."""
+) -> tuple[Answer, str | None]:
+    """The answer, and what is to be said of its model; with ``stream`` its text is printed while it is made."""
     open_video(video, fps=clip["fps"])  # a bad file is worth knowing of before a model of 30 GB is loaded
     with waiting(f"loading {loader.model}"):
         vidlm = loader.load()
@@ -94,7 +94,16 @@ def answer_question(
     else:
         with waiting(f"answering on {vidlm.device}"):
             (answer,) = vidlm.answer(video, builder.get_prompt(), **arguments)
-    return answer, vidlm.config.trained
+    return answer, note_on(vidlm)
+
+
+def note_on(vidlm: MervModel) -> str | None:
+    """What whoever reads a model's answers should know, if anything."""
+    if not vidlm.config.trained:
+        return f"note: {vidlm.model_id} has random weights; its answers are noise."
+    if vidlm.config.domain:
+        return f"note: {vidlm.model_id} knows {vidlm.config.domain} and nothing else; elsewhere its answers are noise."
+    return None
 
 
 def answer_json(answer: Answer) -> str:

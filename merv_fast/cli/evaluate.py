@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from merv_fast.cli.ask import Loader, waiting
+from merv_fast.cli.ask import Loader, note_on, waiting
 from merv_fast.integrations.evaluation.predictions import Predictions
 from merv_fast.integrations.evaluation.questions import read_questions
 from merv_fast.integrations.evaluation.run import Score, evaluate, part_of, score
@@ -57,8 +57,8 @@ def evaluate_folder(
     finally:
         predictions.close()
     show(result, len(questions), out, as_json, all(question.is_choice for question in questions))
-    if not vidlm.config.trained:
-        typer.echo(f"note: {vidlm.model_id} has random weights; its answers are noise.", err=True)
+    if note := note_on(vidlm):
+        typer.echo(note, err=True)
 
 
 def show(result: Score, count: int, out: Path, as_json: bool, choice: bool) -> None:

@@ -16,7 +16,7 @@ VideoArgument = Annotated[
 ModelOption = Annotated[
     str,
     typer.Option(
-        help="merv-tiny (bundled, random weights), merv-full or another published id, a directory, or a hub id."
+        help="merv-tiny (bundled, knows coloured shapes), merv-full or another published id, a directory, or a hub id."
     ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]

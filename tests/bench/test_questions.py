@@ -6,12 +6,12 @@ from merv_fast import load_vid, sample_clip
 
 
 @pytest.fixture(scope="module")
-def vidlm():
-    return load_vid("merv-tiny")
+def vidlm(random_merv):
+    return load_vid(random_merv)
 
 
 def test_questions_cost_one_encoding_one_visual_prefill_and_short_decodes(vidlm):
-    prompts, visual = prompts_for(vidlm, 4), 256
+    prompts, visual = prompts_for(vidlm, 4), vidlm.model.video_model.num_video_tokens
     lengths = [len(vidlm.tokenizer(prompt).input_ids) for prompt in prompts]
 
     apart, work = count_work(vidlm, lambda: [vidlm.generate(sample_clip(), prompt, **GREEDY) for prompt in prompts])

@@ -107,7 +107,7 @@ def encode_corpus(
     ...     done = encode_corpus([merv_fast.sample_clip(), "missing.mp4"], out, device="cpu", workers=1)
     ...     corpus = EncodedCorpus(out)
     ...     print(done.encoded, list(corpus[merv_fast.sample_clip()].tokens.shape), corpus.failed)
-    1 [256, 96] {'missing.mp4': 'does not exist'}
+    1 [128, 160] {'missing.mp4': 'does not exist'}
     """
     check_arguments(keep, engine, batch_size=batch_size, shard_size=shard_size, actors=actors)
     require("pyarrow", "corpus")

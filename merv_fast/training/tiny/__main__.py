@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         draw_weights(given.model, given.folder, given.clips)
     else:
         with TemporaryDirectory() as scratch:
-            asked = held_out_questions(Path(scratch), len(KINDS) * 10, EXAMPLES_SEED)
+            asked = held_out_questions(Path(scratch), len(KINDS) * 20, EXAMPLES_SEED)
             write_examples(given.folder, asked, ask_all(load_vid(given.model), asked))
 
 
@@ -145,13 +145,17 @@ def draw_weights(model: str, folder: Path, each: int) -> None:
 
 
 def write_examples(folder: Path, asked: Sequence[Asked], answers: Sequence[str]) -> None:
-    """Clips and ``questions.json``: of each kind the first question that was answered, and rightly."""
+    """Clips and ``questions.json``: of each kind the first question that was answered, and rightly.
+
+    Of every other kind it is multiple choice.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    right = [each for each, answer in zip(asked, answers, strict=True) if answer == each.question.answer != UNKNOWN]
     first: dict[str, Asked] = {}
-    for each, answer in zip(asked, answers, strict=True):
-        right = answer == each.question.answer != UNKNOWN
-        if right and each.question.kind not in first and each.clip not in [shown.clip for shown in first.values()]:
-            first[each.question.kind] = each
+    for place, kind in enumerate(KINDS):
+        alike = [each for each in right if each.question.kind == kind and each.question.is_choice == bool(place % 2)]
+        shown = {each.clip for each in first.values()}
+        first[kind] = next(each for each in alike if each.clip not in shown)
     rows = []
     for kind, each in first.items():
         name = f"{kind.replace(' ', '-')}{each.clip.suffix}"

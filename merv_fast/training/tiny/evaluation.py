@@ -136,5 +136,5 @@ NAMES = re.compile("|".join([*COLOURS, *SHAPES]))
 
 def keys(question: Question) -> list[str]:
     """What a question is known by, from all of it to its kind."""
-    options = " with options" if "\n" in question.text else ""
+    options = " with options" if question.is_choice else ""
     return [question.text, NAMES.sub("_", question.text), question.text.split()[0] + options, question.kind + options]

@@ -51,4 +51,4 @@ class Pace:
 
 def form_of(question: Question) -> tuple[str, bool]:
     """Its kind, and whether it is multiple choice."""
-    return question.kind, "\n" in question.text
+    return question.kind, question.is_choice

@@ -35,6 +35,11 @@ class Question:
     answer: str
     chance: float
 
+    @property
+    def is_choice(self) -> bool:
+        """Whether it is multiple choice."""
+        return "\n" in self.text
+
 
 class Draft(NamedTuple):
     """A question before it is free or multiple choice.

@@ -31,8 +31,9 @@ def shard_names(corpus, shard):
 def tokens_in_batch(vidlm, paths):
     """Visual tokens, and weights of encoders, of several videos that are encoded together."""
     model = vidlm.model.video_model
+    count = max(vidlm.config.num_frames)
     with torch.inference_mode():
-        inputs = [model.prepare(load_frames(path, 32).movedim(-1, 1)[None]) for path in paths]
+        inputs = [model.prepare(load_frames(path, count).movedim(-1, 1)[None]) for path in paths]
         output = model.fuse(model.encode([torch.cat(parts) for parts in zip(*inputs, strict=True)]))
     return output.pooler_output, [
         dict(zip(model.encoders, row.tolist(), strict=True)) for row in output.encoder_weights

@@ -62,7 +62,7 @@ def test_tokens_are_those_of_a_batch(finished, clips, bad, vidlm):
     assert len(corpus) == 8
     row = corpus.row(paths[3])
     assert (row.height, row.width, row.size, row.model) == (44, 48, paths[3].stat().st_size, "merv-tiny")
-    assert row.tensors == [{"name": f"{row.id}/tokens", "dtype": "float32", "shape": [256, 96]}]
+    assert row.tensors == [{"name": f"{row.id}/tokens", "dtype": "float32", "shape": [128, 160]}]
 
 
 def test_one_at_a_time_is_as_the_model_does_it(clips, vidlm, tmp_path):

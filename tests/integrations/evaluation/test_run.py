@@ -172,7 +172,7 @@ def test_the_command(data, tmp_path):
     assert not (tmp_path / "accuracy.json").exists()
     done = CliRunner().invoke(app, [*words, "--num-chunks", "2", "--chunk-idx", "1"])
     assert done.stdout.strip().startswith("accuracy 0.429 (3 of 7")
-    assert "random weights" in done.stderr
+    assert "merv-tiny knows clips of coloured shapes and nothing else" in done.stderr
     assert json.loads((tmp_path / "accuracy.json").read_text())["right"] == 3
     as_json = CliRunner().invoke(app, [*words, "--json"])
     assert json.loads(as_json.stdout)["accuracy"] == 3 / 7
