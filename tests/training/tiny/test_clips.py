@@ -63,3 +63,15 @@ def test_making_and_reading(tmp_path):
         truth, front = truth_of(scene)
         assert np.array_equal(made.truth[index], np.stack(truth))
         assert np.array_equal(made.front[index], front)
+
+
+def test_files_are_the_same_each_time(tmp_path):
+    """Clips that zoom are those that encoders do not repeat by themselves."""
+    found = set()
+    for time in range(6):
+        folder = tmp_path / str(time)
+        folder.mkdir()
+        scene, clip = clip_of((5, 5), True, folder)
+        found.add(clip.read_bytes())
+    assert scene.camera == "zooms out"
+    assert len(found) == 1

@@ -14,6 +14,7 @@ from merv_fast.training.tiny.clips import GRID, SIDE, SLOTS, Truth
 from merv_fast.training.tiny.packing import pack, run_rows
 from merv_fast.training.tiny.pretraining import outlines, pixels_of
 from merv_fast.training.tiny.questions import Question, questions_about
+from merv_fast.training.tiny.recipe import Run
 from merv_fast.training.tiny.scenes import CAMERAS, COLOURS, SHAPES
 from merv_fast.video.prepare import prepare_all
 from tests.budgets import TRAINING
@@ -191,3 +192,16 @@ def test_an_outline_is_of_the_thing_around_a_patch():
     expected[4:10, 4:10] = True
     assert torch.equal(windows[1, 1], expected)
     assert not windows[5, 5].any()
+
+
+def test_two_processes_train_the_same_again(tmp_path):
+    """Weights follow from the seed."""
+    epochs = dict.fromkeys(("languagebind", "dinov2", "vivit", "siglip"), 1)
+    weights = []
+    for name in ("one", "other"):
+        run = Run(tmp_path / name, seed=5, count=16, pretraining=epochs, word_steps=10, answer_epochs=5, batch=2)
+        start, trained = run.start().model.state_dict(), run().model.state_dict()
+        moved = {key for key, value in start.items() if not torch.equal(value, trained[key])}
+        assert all(any(part in key for key in moved) for part in ("encoders", "tail", "language_model"))
+        weights.append(trained)
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
