@@ -20,6 +20,8 @@ from merv_fast.video import load_frames
 from tests.integrations.corpus.reading import tokens_in_batch
 
 CLIP = {"clip_start_sec": 0.0, "clip_end_sec": None}
+FRAMES = 16
+"""Of a clip, that merv-tiny looks at."""
 
 
 @pytest.fixture
@@ -28,7 +30,7 @@ def decoded(clips, tmp_path):
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     items = find_items([clips / "0.mp4", tmp_path / "bad.mp4", clips / "1.mp4", clips / "2.mp4"])
     batch = pa.table({"item": [json.dumps(asdict(item)) for item in items]})
-    return list(decode_videos(batch, 32, CLIP))
+    return list(decode_videos(batch, FRAMES, CLIP))
 
 
 def test_frames_cross_as_they_are(decoded, clips):
@@ -40,7 +42,7 @@ def test_frames_cross_as_they_are(decoded, clips):
             assert "FFmpeg" in row["reason"]
             continue
         frames = torch.frombuffer(bytearray(row["frames"]), dtype=torch.uint8).view(row["shape"])
-        assert torch.equal(frames, load_frames(clips / name, 32))
+        assert torch.equal(frames, load_frames(clips / name, FRAMES))
         assert row["reason"] is None
 
 
@@ -51,7 +53,7 @@ def test_processes_that_decode_do_not_run_the_program(clips, monkeypatch):
     monkeypatch.setattr(__main__, "__file__", "/nowhere/program.py", raising=False)
     monkeypatch.setattr(__main__, "__spec__", None)
     batch = pa.table({"item": [json.dumps(asdict(item)) for item in find_items([clips / "0.mp4"])]})
-    (table,) = decode_videos(batch, 32, CLIP)
+    (table,) = decode_videos(batch, FRAMES, CLIP)
     assert table["reason"].to_pylist() == [None]
     assert __main__.__file__ == "/nowhere/program.py"
 
