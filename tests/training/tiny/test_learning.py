@@ -56,3 +56,14 @@ def test_rates_rise_stay_and_fall():
     assert shares[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert shares[10:50] == [1.0] * 40
     assert shares[50:] == pytest.approx([(100 - step) / 50 for step in range(50, 100)])
+
+
+def test_both_optimisers_follow_the_schedule_each_group_from_its_own_rate():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
+    groups = [{"params": [model[0].bias]}, {"params": [model[1].bias], "lr": 0.001}]
+    learner = Learner("x", [model[0].weight], groups, 10, (0.02, 0.01), rising=0.2, falling=0.4)
+    for step in range(9):
+        rates = [group["lr"] for optimiser in learner.optimisers for group in optimiser.param_groups]
+        share = share_of_rate(step, 10, 0.2, 0.4)
+        assert rates == pytest.approx([share * 0.01, share * 0.001, share * 0.02])
+        learner.learn(model(torch.ones(3, 4)).square().mean())
