@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from merv_fast.encoders import VisionTransformer
 from merv_fast.training.tiny.aligning import align
-from merv_fast.training.tiny.answering import Score, encode_clips, learn_to_answer, score
+from merv_fast.training.tiny.answering import Score, learn_to_answer, score
 from merv_fast.training.tiny.clips import Clips, make_clips
+from merv_fast.training.tiny.pretraining import see
 from merv_fast.training.tiny.questions import questions_about
 from merv_fast.training.tiny.recipe import Run
 
@@ -31,7 +33,9 @@ VARIANTS = {
     **{f"{name} alone": Variant({"encoders": [name]}) for name in ("languagebind", "dinov2", "vivit", "siglip")},
     "concat": Variant({"feature_fusion": "concat"}),
     "learnable W": Variant({"feature_fusion": "scalar"}),
-    **{f"{count} token{'s'[: count - 1]}": Variant({"projector_token_length": count}) for count in (1, 4, 64)},
+    "1 token": Variant({"projector_token_length": 1}),
+    "4 tokens": Variant({"projector_token_length": 4}),
+    "64 tokens": Variant({"projector_token_length": 64}),
     "blind": Variant({}, sees=False),
 }
 """By what tables call them; a slot has 16 visual tokens where nothing else is said."""
@@ -57,8 +61,8 @@ def ablate(run: Run, count: int, seed: int, epochs: int, names: list[str] | None
     folder = run.folder / f"new-{seed}-{count}"
     if not (folder / f"{list(run.pretraining)[-1]}.npy").is_file():
         new = make_clips(seed, count, folder / "clips", training=False, processes=run.processes)
-        for name, seen in zip(run.pretraining, encode_clips(run.kept("words").model, new), strict=True):
-            np.save(folder / f"{name}.npy", seen)
+        for name, encoder in run.kept("words").model.video_model.encoders.items():
+            np.save(folder / f"{name}.npy", see(cast(VisionTransformer, encoder), name, new))
     yield from run.side_by_side(partial(one, run, folder, seed, epochs), names or list(VARIANTS))
 
 

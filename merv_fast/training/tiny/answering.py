@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from merv_fast.encoders import VisionTransformer
 from merv_fast.models.modeling import MervForConditionalGeneration
 from merv_fast.models.splice import IGNORE_INDEX
 from merv_fast.training.tiny.clips import Clips, batches
@@ -19,19 +18,12 @@ from merv_fast.training.tiny.exercises import exercises
 from merv_fast.training.tiny.learning import Learner
 from merv_fast.training.tiny.pacing import Pace
 from merv_fast.training.tiny.packing import pack, run_rows
-from merv_fast.training.tiny.pretraining import see
 from merv_fast.training.tiny.questions import Question, questions_about
 
-__all__ = ["Score", "encode_clips", "learn_to_answer", "score"]
+__all__ = ["Score", "learn_to_answer", "score"]
 
 MUON = 0.004
 """Muon's learning rate. At five times as much, what `prime` has set is gone before it has been of use."""
-
-
-def encode_clips(model: MervForConditionalGeneration, clips: Clips) -> list[NDArray[np.float16]]:
-    """What each encoder returns for all clips: [N, T, N_e, C] each."""
-    encoders = model.video_model.encoders.items()
-    return [see(cast("VisionTransformer", encoder), name, clips) for name, encoder in encoders]
 
 
 def learn_to_answer(
@@ -54,7 +46,7 @@ def learn_to_answer(
         model: to be trained.
         tokenizer: its tokenizer.
         clips: to ask about; every time other questions.
-        features: what `encode_clips` returned for them.
+        features: what the encoders return for them.
         epochs: how often each clip is asked about.
         batch: clips of a step.
         most: questions of a clip, chosen by `Pace`.

@@ -9,10 +9,10 @@ from merv_fast import load_vid
 from merv_fast.training.tiny import recipe
 from merv_fast.training.tiny.__main__ import main
 from merv_fast.training.tiny.aligning import CODES, EVENTS, WORDS, directions_of, words_in
-from merv_fast.training.tiny.answering import encode_clips, score
+from merv_fast.training.tiny.answering import score
 from merv_fast.training.tiny.clips import GRID, SIDE, SLOTS, Truth
 from merv_fast.training.tiny.packing import pack, run_rows
-from merv_fast.training.tiny.pretraining import outlines, pixels_of
+from merv_fast.training.tiny.pretraining import outlines, pixels_of, see
 from merv_fast.training.tiny.questions import Question, questions_about
 from merv_fast.training.tiny.recipe import Run
 from merv_fast.training.tiny.scenes import CAMERAS, COLOURS, SHAPES
@@ -87,7 +87,9 @@ def test_scores_are_those_of_generated_answers(run, learned):
         answers = learned.generate(path, prompts, do_sample=False, max_new_tokens=8) if prompts else []
         for question, answer in zip(questions, answers, strict=True):
             right[question.kind] = right.get(question.kind, 0) + (answer == question.answer)
-    found = score(learned.model, learned.tokenizer, asked, encode_clips(learned.model, clips))
+    encoders = learned.model.video_model.encoders
+    features = [see(encoder, name, clips) for name, encoder in encoders.items()]
+    found = score(learned.model, learned.tokenizer, asked, features)
     assert {kind: each.right for kind, each in found.items()} == right
     assert sum(right.values()) > 0
 
