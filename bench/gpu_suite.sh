@@ -56,7 +56,8 @@ stage tests-kernels 240 bash -c 'pytest -n 12 --dist worksteal tests/kernels tes
 stage build 120 "$PYTHON" csrc/build.py
 stage tests-csrc 120 bash -c 'pytest -n 4 --dist worksteal tests/csrc' &
 stage tests-runtime 120 bash -c 'pytest tests/runtime/test_graphs.py tests/runtime/test_concurrent.py \
-    tests/modules/test_fp8.py tests/modules/test_attention.py tests/integrations/swaps/test_on_gpu.py' &
+    tests/modules/test_fp8.py tests/modules/test_attention.py tests/integrations/swaps/test_on_gpu.py &&
+    pytest tests/models/test_front_end_graphs.py -k on_a_gpu' &
 # Compiles what the sanitizer is to see, so that it sees no compiler.
 stage launches 120 "$PYTHON" -m bench.sanitize
 SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer /opt/nvidia/*/compute-sanitizer 2>/dev/null | head -1)

@@ -62,18 +62,31 @@ struct Resize {
   std::vector<Tensor> kept_;
 };
 
+bool is_captured(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &status));
+  return status != cudaStreamCaptureStatusNone;
+}
+
 // Tables are made once for each size. They are never freed while a kernel may read them: a full cache is emptied
-// when the device is idle.
+// when the device is idle, and those that a graph captures stay for good.
 std::shared_ptr<const Resize> resize_for(const Frames& frames, int64_t h, int64_t w, Filter filter, const Crop& crop,
-                                         const torch::stable::Device& device) {
+                                         const torch::stable::Device& device, cudaStream_t stream) {
   using Key = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, Filter, int64_t, int64_t, int64_t, int64_t>;
   constexpr size_t kMost = 1024;
   static std::mutex mutex;
-  static auto* const cache = new std::map<Key, std::shared_ptr<const Resize>>;  // outlives the CUDA context
+  // They outlive the CUDA context.
+  static auto* const cache = new std::map<Key, std::shared_ptr<const Resize>>;
+  static auto* const captured = new std::map<Key, std::shared_ptr<const Resize>>;
   const Key key{device.index(), frames.H, frames.W,  h,         w,
                 filter,         crop.top, crop.left, crop.rows, crop.columns};
   const std::lock_guard<std::mutex> lock(mutex);
-  if (const auto found = cache->find(key); found != cache->end()) return found->second;
+  if (const auto found = captured->find(key); found != captured->end()) return found->second;
+  if (const auto found = cache->find(key); found != cache->end()) {
+    if (is_captured(stream)) captured->insert(*found);
+    return found->second;
+  }
+  STD_TORCH_CHECK(!is_captured(stream), "merv_fast: a size is captured that was not resized to before");
   if (cache->size() >= kMost) {
     check(cudaDeviceSynchronize());
     cache->clear();
@@ -116,9 +129,9 @@ struct Queue {
 void run(const Tensor& input, const std::vector<int64_t>& size, const std::string& method, const Crop& crop,
          uint8_t* out, const Down& last, size_t level_size) {
   const Frames frames(input);
-  const auto found = resize_for(frames, size[0], size[1], filter_of(method), crop, input.device());
-  const int64_t frame_stride = frames.lead.empty() ? 0 : frames.lead_strides.back();
   Queue queue(input, level_size);
+  const auto found = resize_for(frames, size[0], size[1], filter_of(method), crop, input.device(), queue.stream);
+  const int64_t frame_stride = frames.lead.empty() ? 0 : frames.lead_strides.back();
   resize(found->plan, found->tables, {frames.data, frames.count, frame_stride, frames.row_stride, frames.W, frames.C},
          out, last, queue);
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from merv_fast.models.identity import VideoKeys
 from merv_fast.models.requests import Source, VisualTokens
-from merv_fast.models.video_model import MervVideoModel
+from merv_fast.models.video_model import MervVideoModel, MervVideoOutput
 from merv_fast.runtime.cache import VideoCache
 from merv_fast.runtime.cache.memory import Tensors
 from merv_fast.runtime.trace import StageTimer, span
@@ -58,9 +59,7 @@ class VideoEncoding:
         def features(sources: Sequence[Source]) -> list[Tensors]:
             return by_video(dict(zip(self.model.encoders, self._features(sources, timer), strict=True)))
 
-        def tokens(sources: Sequence[Source]) -> list[Tensors]:
-            return self._fuse(self._features(sources, timer), timer)
-
+        tokens = partial(self._tokens, timer=timer)
         if self.cache is not None and self.cache.keep == "features":
             kept = self._through_cache(self.cache, sources, features, timer)
             batch = [torch.stack([row[name] for row in kept]).to(self.model.device) for name in self.model.encoders]
@@ -94,20 +93,38 @@ class VideoEncoding:
         timer.milliseconds["cache"] += (time.perf_counter() - started) * 1e3 - others
         return entries
 
+    def _tokens(self, sources: Sequence[Source], timer: StageTimer) -> list[Tensors]:
+        """As `_fuse` gives them. What one CUDA graph does counts as the stage ``encode``."""
+        if len(sources) != 1 or self.model.graphs is None:
+            return self._fuse(self._features(sources, timer), timer)
+        frames, output = self._frames(sources[0], timer), None
+        if frames is not None:
+            with timer.stage("encode"):
+                output = self.model.replay(frames.movedim(-1, 1)[None])
+        if output is not None:
+            return entries_of(output, 1)
+        return self._fuse(self._encode([self._prepare(frames, timer)], timer), timer)
+
     def _features(self, sources: Sequence[Source], timer: StageTimer) -> list[Tensor]:
         """E tensors [B, T_e, N_e, C_e]."""
-        inputs = []
-        for source in sources:
-            with timer.stage("decode"):
-                frames = self._frames(source)
-            with timer.stage("prepare"):
-                inputs.append(self._zeros() if frames is None else self.model.prepare(frames.movedim(-1, 1)[None]))
+        return self._encode([self._prepare(self._frames(source, timer), timer) for source in sources], timer)
+
+    def _prepare(self, frames: Tensor | None, timer: StageTimer) -> list[Tensor]:
+        """E tensors [1, F_e, 3, S_e, S_e]."""
+        with timer.stage("prepare"):
+            return self._zeros() if frames is None else self.model.prepare(frames.movedim(-1, 1)[None])
+
+    def _encode(self, inputs: Sequence[Sequence[Tensor]], timer: StageTimer) -> list[Tensor]:
         with timer.stage("encode"):
             batch = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*inputs, strict=True)]
             return self.model.encode(batch)
 
-    def _frames(self, source: Source) -> Tensor | None:
+    def _frames(self, source: Source, timer: StageTimer) -> Tensor | None:
         """uint8 [F, H, W, 3], as many as the encoder with most frames takes; None of no video."""
+        with timer.stage("decode"):
+            return self._decode(source)
+
+    def _decode(self, source: Source) -> Tensor | None:
         if isinstance(source, Tensor):
             if source.dtype != torch.uint8 or source.ndim != 4 or len(source) != self.count or source.shape[3] != 3:
                 got = f"{source.dtype} {list(source.shape)}"
@@ -135,18 +152,22 @@ class VideoEncoding:
         ]
 
     def _fuse(self, features: Sequence[Tensor], timer: StageTimer) -> list[Tensors]:
-        """``tokens`` [S, D] of each video and, where the fusion has weights, ``encoder_weights`` [E], float32."""
+        """The `entries_of` what features are fused to."""
         with timer.stage("fuse"):
-            output = self.model.fuse(features)
-        batch = {"tokens": output.pooler_output}
-        if output.encoder_weights is not None:
-            batch["encoder_weights"] = output.encoder_weights.float().expand(len(features[0]), -1)
-        return by_video(batch)
+            return entries_of(self.model.fuse(features), len(features[0]))
 
     def _visual_tokens(self, entry: Tensors) -> VisualTokens:
         weights = entry.get("encoder_weights")
         named = None if weights is None else dict(zip(self.model.encoders, weights.tolist(), strict=True))
         return VisualTokens(entry["tokens"].to(self.model.device), named)
+
+
+def entries_of(output: MervVideoOutput, videos: int) -> list[Tensors]:
+    """``tokens`` [S, D] of each video and, where the fusion has weights, ``encoder_weights`` [E], float32."""
+    batch = {"tokens": output.pooler_output}
+    if output.encoder_weights is not None:
+        batch["encoder_weights"] = output.encoder_weights.float().expand(videos, -1)
+    return by_video(batch)
 
 
 def by_video(batch: Tensors) -> list[Tensors]:

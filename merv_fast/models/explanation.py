@@ -87,8 +87,10 @@ def _graphs(video: MervVideoModel, where: str) -> Choice:
     """What is replayed as CUDA graphs."""
     if video.graphs is None:
         return Choice("CUDA graphs", "none", "-", "MervVideoModel.use_graphs was not called")
-    names = [name for name in ("encode", "fuse") if getattr(video.graphs, name).obstacle is None]
-    return Choice("CUDA graphs", " and ".join(names) or "none", where, str(video.graphs))
+    graphs = video.graphs
+    calls = {"from frames to tokens": graphs.whole, "encode": graphs.encode, "fuse": graphs.fuse}
+    names = [name for name, call in calls.items() if call.obstacle is None]
+    return Choice("CUDA graphs", ", ".join(names) or "none", where, str(graphs))
 
 
 def _between_calls(vidlm: MervModel) -> Iterator[Choice]:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from merv_fast.encoders import build_encoder
+from merv_fast.encoders import AnyEncoderConfig, build_encoder
 from merv_fast.errors import CheckpointError
 from merv_fast.models.configuration import MervConfig
 from merv_fast.models.quantization import language_model_only
@@ -281,16 +282,17 @@ class MervVideoModel(MervPreTrainedModel):
             return [
                 torch.cat(parts) for parts in zip(*(self.prepare(v[None]) for v in pixel_values_videos), strict=True)
             ]
+        return prepare_for(self.encoder_configs.values(), self._frames(pixel_values_videos), self.dtype)
+
+    def _frames(self, pixel_values_videos: Tensor) -> Tensor:
+        """[B, F, H, W, 3] on the model's device."""
         if pixel_values_videos.ndim != 5 or pixel_values_videos.shape[2] != 3:
             raise ValueError(
                 "MervVideoModel: pixel_values_videos must be [B, F, 3, H, W] or a list of [F, 3, H, W], "
                 f"got {list(pixel_values_videos.shape)}"
             )
         with span("copy") if pixel_values_videos.device != self.device else nullcontext():
-            frames = pixel_values_videos.to(self.device).movedim(2, -1)
-        configs = self.encoder_configs.values()
-        recipes, num_frames = [config.recipe for config in configs], [config.num_frames for config in configs]
-        return prepare_all(frames, recipes, num_frames, self.dtype)
+            return pixel_values_videos.to(self.device).movedim(2, -1)
 
     def encode(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Every encoder's tokens: E tensors [B, T_e, N_e, C_e] from E prepared inputs [B, F_e, 3, S_e, S_e].
@@ -338,15 +340,32 @@ class MervVideoModel(MervPreTrainedModel):
 
     graphs: FrontEndGraphs | None = None
 
-    def use_graphs(self, max_graphs: int | None = 4, max_bytes: int | None = None) -> None:
-        """Replay `encode` and `fuse` as CUDA graphs while gradients are disabled, with the kernels of a plain call.
+    def replay(self, pixel_values_videos: Tensor) -> MervVideoOutput | None:
+        """What `get_video_features` gives, by one CUDA graph; None where there is none, and the steps are to be taken.
 
-        Each shape is captured when it first comes, and one video at once. ``graphs`` tells, printed, which there are
-        and what they take; ``graphs.obstacle`` why there are none, as on a CPU or in training mode. A copy of the model
-        has no graphs.
+        There is one after `use_graphs`, with gradients disabled, for uint8 frames whose shape has come before and that
+        ``encode_budget`` has room for at once.
 
         Args:
-            max_graphs: shapes that are kept of each of the two, the least recently used one making room; None for no
+            pixel_values_videos: [B, F, 3, H, W], uint8.
+        """
+        if self.graphs is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        if pixel_values_videos.dtype != torch.uint8 or len(pixel_values_videos) > self.videos_at_once():
+            return None
+        output = self.graphs.replay(self._frames(pixel_values_videos))
+        return None if output is None else MervVideoOutput(pooler_output=output[0], encoder_weights=output[1])
+
+    def use_graphs(self, max_graphs: int | None = 4, max_bytes: int | None = None) -> None:
+        """Replay what turns frames into tokens as CUDA graphs, of a plain call's kernels, while gradients are disabled.
+
+        All of `get_video_features` is one graph for frames of a shape that comes for the second time; `encode` and
+        `fuse`, called by themselves or for videos of several sizes, are one each. A small video is captured at once.
+        ``graphs`` tells, printed, which there are and what they take; ``graphs.obstacle`` why there are none, as on a
+        CPU or in training mode. A copy of the model has no graphs.
+
+        Args:
+            max_graphs: shapes that are kept of each of the three, the least recently used one making room; None for no
                 graphs from now on.
             max_bytes: of all graphs and their buffers, all of which are dropped when there are more; None for no bound.
 
@@ -357,15 +376,20 @@ class MervVideoModel(MervPreTrainedModel):
             self.graphs.pool.clear()
         self.graphs = None
         if max_graphs is not None:
-            configs = self.encoder_configs.values()
-            shapes = [(1, config.num_frames, 3, config.recipe.size, config.recipe.size) for config in configs]
-            self.graphs = FrontEndGraphs(self.concurrent, self.tail, shapes, max_graphs=max_graphs, max_bytes=max_bytes)
+            # Not a method, so that the model goes, with all that is captured of it, with its last name.
+            prepare = partial(prepare_for, self.encoder_configs.values())
+            num_frames = max(config.num_frames for config in self.encoder_configs.values())
+            self.graphs = FrontEndGraphs(
+                prepare, self.concurrent, self.tail, num_frames, max_graphs=max_graphs, max_bytes=max_bytes
+            )
 
     def get_video_features(
         self, pixel_values_videos: Tensor | Sequence[Tensor], return_dict: bool | None = None, **kwargs: Any
     ) -> MervVideoOutput | tuple[Any, ...]:
         """Visual tokens of a batch of videos; ``pooler_output`` is [B, S, D]."""
-        output = self.fuse(self.encode(self.prepare(pixel_values_videos)))
+        output = self.replay(pixel_values_videos) if isinstance(pixel_values_videos, Tensor) else None
+        if output is None:
+            output = self.fuse(self.encode(self.prepare(pixel_values_videos)))
         return output.to_tuple() if return_dict is False else output
 
     def forward(
@@ -377,6 +401,11 @@ class MervVideoModel(MervPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         """A video model embeds no tokens; transformers asks for its first layer."""
         return next(iter(self.encoders.values()))
+
+
+def prepare_for(configs: Collection[AnyEncoderConfig], frames: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Every encoder's input from frames [B, F, H, W, 3]."""
+    return prepare_all(frames, [config.recipe for config in configs], [config.num_frames for config in configs], dtype)
 
 
 def blocks_of(encoder: Any) -> nn.ModuleList:

@@ -159,12 +159,13 @@ class ConcurrentEncoders:
         costs = []
         for module, x in zip(self.modules(), inputs, strict=True):
             device = device_of(module, x)
+            wait = partial(self._streams.synchronise, device) if device.type == "cuda" else lambda: None
             x, times = x.to(device), []
             for _ in range(repeats + 1):
-                synchronise(device)
+                wait()
                 started = time.perf_counter()
                 module(x)
-                synchronise(device)
+                wait()
                 times.append(1e3 * (time.perf_counter() - started))
             costs.append(statistics.median(times[1:]))
         self.costs = costs
@@ -194,8 +195,3 @@ def kept(tensor: Tensor, streams: Streams, stream: Any) -> Tensor:
     """``tensor``, whose memory ``stream`` needs as well."""
     streams.keep(tensor, stream)
     return tensor
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

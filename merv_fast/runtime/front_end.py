@@ -1,8 +1,9 @@
-"""Encoders side by side, and what makes visual tokens of their features, as CUDA graphs."""
+"""From decoded frames to visual tokens as one CUDA graph, and its steps as graphs of their own."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
 
@@ -15,21 +16,30 @@ from merv_fast.runtime.graphs import CUDA_GRAPHS, GraphedCall, GraphPool, Graphs
 
 __all__ = ["FrontEndGraphs"]
 
+SIDE = 64
+"""Of the frames on which it is tried out whether preparing them can be captured."""
+
+MET = 64
+"""Shapes of frames that are remembered."""
+
 
 class FrontEndGraphs:
-    """``encode`` and ``fuse`` as graphs that share memory; each can be called by itself, as features are kept too.
+    """``replay`` does all at once; ``encode`` and ``fuse`` can be called by themselves, as features are kept too.
 
-    One video is captured at once, by which is found out whether it can be.
+    The graphs share memory. A small video is captured at once, by which is found out what can be. Unless that was done
+    before, encoders are measured first: the lanes of ``concurrent`` are then planned by what each takes.
 
     Args:
+        prepare: from uint8 frames ``[B, F, H, W, 3]``, and the dtype of the weights, to E inputs.
         concurrent: runs the encoders where no graph does; its lanes and costs hold for captures too.
         tail: from a list of features to tensors.
-        shapes: of the encoders' inputs for one video.
-        max_graphs: shapes kept of each of the two.
+        num_frames: F.
+        max_graphs: shapes kept of each of the three.
         max_bytes: of all graphs and buffers, or None.
         graphs: what captures and replays; for tests.
 
     Attributes:
+        whole: from one batch of frames to what ``tail`` gives, or None where no graph serves.
         encode: from E inputs to E features.
         fuse: from E features to what ``tail`` gives.
 
@@ -39,16 +49,17 @@ class FrontEndGraphs:
 
     def __init__(
         self,
+        prepare: Callable[[Tensor, torch.dtype], list[Tensor]],
         concurrent: ConcurrentEncoders,
         tail: nn.Module,
-        shapes: Sequence[Sequence[int]],
+        num_frames: int,
         *,
         max_graphs: int = 4,
         max_bytes: int | None = None,
         graphs: Graphs = CUDA_GRAPHS,
     ) -> None:
         held: Any = concurrent.encoders
-        encoders = held if isinstance(held, nn.Module) else nn.ModuleList(concurrent.modules())
+        encoders = held if isinstance(held, nn.Module) else held_together(concurrent.modules())
         # On streams of its own: another thread may encode without a graph while this is captured.
         captured = ConcurrentEncoders(held, streams=graphs)
 
@@ -62,25 +73,73 @@ class FrontEndGraphs:
                 if isinstance(part, WeighingFusion):
                     part.train(part.training)
 
+        def whole(inputs: list[Tensor]) -> Any:
+            (frames,) = inputs
+            return tail(encode(prepare(frames, dtype_of(encoders, tail))))
+
+        self._met: OrderedDict[torch.Size, None] = OrderedDict()
         self.pool = GraphPool(max_bytes, graphs)
         self.encode = GraphedCall(encode, encoders, plain=concurrent, max_graphs=max_graphs, pool=self.pool)
         self.fuse = GraphedCall(tail, tail, refresh=forget, max_graphs=max_graphs, pool=self.pool)
+        self.whole = GraphedCall(
+            whole,
+            held_together([encoders, tail]),
+            plain=lambda inputs: None,
+            refresh=forget,
+            max_graphs=max_graphs,
+            pool=self.pool,
+        )
         if self.obstacle is None:
             # Inputs come, as features go, where the tail is.
-            weight = next(chain(tail.parameters(), encoders.parameters()))
-            inputs = [torch.zeros(*shape, dtype=weight.dtype, device=weight.device) for shape in shapes]
-            self.encode.try_out(inputs)
+            device = next(chain(tail.parameters(), encoders.parameters())).device
+            frames = torch.zeros(1, num_frames, SIDE, SIDE, 3, dtype=torch.uint8, device=device)
             with torch.no_grad():
+                inputs = prepare(frames, dtype_of(encoders, tail))
+                concurrent.costs = concurrent.costs or captured.measure(inputs)
+                self.encode.try_out(inputs)
                 self.fuse.try_out(self.encode(inputs))
+                self.whole.try_out([frames])
+            # Its memory serves the graphs of frames that do come.
+            self.whole.clear()
+
+    def replay(self, frames: Tensor) -> Any:
+        """What ``tail`` gives for ``frames`` by one graph, or None: then the steps are to be taken.
+
+        Videos differ in size where encoders' inputs do not, and a capture takes as long as several calls: frames of a
+        shape are captured when it comes for the second time.
+
+        Args:
+            frames: uint8 ``[B, F, H, W, 3]``, on the device of the weights.
+        """
+        met = frames.shape in self._met
+        self._met[frames.shape] = None
+        self._met.move_to_end(frames.shape)
+        while len(self._met) > MET:
+            self._met.popitem(last=False)
+        return self.whole([frames]) if met else None
 
     @property
     def obstacle(self) -> str | None:
-        """Why one of the two runs without graphs, or None."""
-        return self.encode.obstacle or self.fuse.obstacle
+        """Why one of the three runs without graphs, or None."""
+        return self.encode.obstacle or self.fuse.obstacle or self.whole.obstacle
 
     def __str__(self) -> str:
-        return f"encode: {self.encode}; fuse: {self.fuse}; {self.pool.bytes / 2**20:.0f} MiB together"
+        calls = f"from frames to tokens: {self.whole}; encode: {self.encode}; fuse: {self.fuse}"
+        return f"{calls}; {self.pool.bytes / 2**20:.0f} MiB together"
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         # A copy of the model has its own weights, and no graphs of them.
         return type(None), ()
+
+
+def held_together(modules: Iterable[nn.Module]) -> nn.ModuleList:
+    """One module of several, whose modes are their own."""
+    together = nn.ModuleList(modules)
+    together.training = False
+    return together
+
+
+def dtype_of(*modules: nn.Module) -> torch.dtype:
+    """Of the first weight that is a floating-point number, as transformers has it."""
+    weights = chain.from_iterable(module.parameters() for module in modules)
+    return next(weight.dtype for weight in weights if weight.is_floating_point())

@@ -48,9 +48,6 @@ class Graphs(Streams, Protocol):
     def copy(self, target: Tensor, source: Tensor) -> None:
         """The active stream copies ``source`` into ``target``."""
 
-    def synchronise(self, device: torch.device) -> None:
-        """Wait until ``device`` has done all that it was given."""
-
     def pool(self) -> Any:
         """A name for memory that several graphs may share."""
 
@@ -83,9 +80,6 @@ class _CudaGraphs(_CudaStreams):
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source, non_blocking=True)
-
-    def synchronise(self, device: torch.device) -> None:
-        torch.cuda.synchronize(device)
 
     def pool(self) -> Any:
         return torch.cuda.graph_pool_handle()

@@ -30,6 +30,9 @@ class Streams(Protocol):
     def keep(self, tensor: Tensor, stream: Any) -> None:
         """The memory of ``tensor`` is not given away before what ``stream`` has been given so far is done."""
 
+    def synchronise(self, device: torch.device) -> None:
+        """Wait until ``device`` has done all that it was given."""
+
 
 class _CudaStreams:
     """PyTorch's."""
@@ -51,6 +54,9 @@ class _CudaStreams:
     def keep(self, tensor: Tensor, stream: torch.cuda.Stream) -> None:
         if tensor.is_cuda:
             tensor.record_stream(stream)
+
+    def synchronise(self, device: torch.device) -> None:
+        torch.cuda.synchronize(device)
 
 
 CUDA: Streams = _CudaStreams()

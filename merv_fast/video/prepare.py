@@ -1,7 +1,7 @@
 """From decoded frames to the input of one encoder."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -165,7 +165,7 @@ def prepare_alike(frames: Tensor, recipes: Sequence[Recipe], dtype: torch.dtype)
             size = (frames.shape[-3], frames.shape[-2])
         offset = (crop_offset(size[0], recipe.size), crop_offset(size[1], recipe.size))
     crop = (*offset, recipe.size, recipe.size)
-    levels = [normalised_levels(recipe, frames.device).to(dtype) for recipe in recipes]
+    levels = [normalised_levels(recipe, frames.device, dtype) for recipe in recipes]
     return resample_normalise(frames, size, recipe.method, crop, levels)
 
 
@@ -191,8 +191,9 @@ def letterbox(frames: Tensor, mean: tuple[float, float, float]) -> Tensor:
     height, width = frames.shape[-3:-1]
     side = max(height, width)
     top, left = (side - height) // 2, (side - width) // 2
-    fill = torch.tensor(fill_colour(mean), dtype=torch.uint8, device=frames.device)
-    out = fill.expand(*frames.shape[:-3], height + 2 * top, width + 2 * left, 3).contiguous()
+    out = frames.new_empty(*frames.shape[:-3], height + 2 * top, width + 2 * left, 3)
+    for channel, level in zip(out.unbind(-1), fill_colour(mean), strict=True):
+        channel.fill_(level)
     out[..., top : top + height, left : left + width, :] = frames
     return out
 
@@ -224,13 +225,42 @@ def crop_offset(length: int, size: int) -> int:
 def normalise(planes: Tensor, recipe: Recipe) -> Tensor:
     """uint8 [..., 3, h, w] -> float32, in the reference's order of operations."""
     out = planes.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-    mean, std = (out.new_tensor(values).view(3, 1, 1) for values in (recipe.mean, recipe.std))
+    mean, std = (channels(values, out.device) for values in (recipe.mean, recipe.std))
     return out.sub_(mean).div_(std)
 
 
-def normalised_levels(recipe: Recipe, device: torch.device) -> Tensor:
-    """What ``normalise`` makes of each of the 256 levels, float32 [3, 256]."""
-    return normalise(torch.arange(256, dtype=torch.uint8, device=device).expand(3, 1, 256), recipe)[:, 0]
+def channels(values: tuple[float, float, float], device: torch.device) -> Tensor:
+    """``values`` as float32 [3, 1, 1]."""
+    return constant((values, device), lambda: torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1))
+
+
+def normalised_levels(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """What ``normalise`` makes of each of the 256 levels, rounded to ``dtype``, [3, 256]."""
+
+    def made() -> Tensor:
+        levels = torch.arange(256, dtype=torch.uint8, device=device).expand(3, 1, 256)
+        return normalise(levels, recipe)[:, 0].to(dtype)
+
+    return constant((recipe.mean, recipe.std, device, dtype), made)
+
+
+_CONSTANTS: dict[Hashable, Tensor] = {}
+
+
+def constant(key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    """What ``make`` gives, made once for each ``key`` and never freed: a CUDA graph may read it, and not make it."""
+    if torch.compiler.is_compiling():
+        return make()
+    if key not in _CONSTANTS:
+        with torch.inference_mode(False):
+            made = make()
+        if type(made) is not Tensor:  # but one that only stands for what a tracer follows
+            return made
+        if made.is_cuda:
+            # Streams that have not waited for this one read it too.
+            torch.cuda.current_stream(made.device).synchronize()
+        _CONSTANTS[key] = made
+    return _CONSTANTS[key]
 
 
 def scale_float(frames: Tensor, recipe: Recipe) -> Tensor:

@@ -1,6 +1,8 @@
 """A model whose encoders and tail are in graphs, which are played."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -27,7 +29,7 @@ class PlayedGraphs(RecordingGraphs):
 def video_model(tiny):
     model = tiny.model.video_model
     yield model
-    model.encode_budget, model.graphs = None, None
+    model.encode_budget, model.graphs, model.concurrent.costs = None, None, None
 
 
 @pytest.fixture
@@ -60,8 +62,8 @@ def test_off_unless_asked_for(video_model):
 
 
 def test_encode_and_fuse_are_replayed(video_model, graphs):
-    # One video was captured at once.
-    assert (graphs.captures, graphs.replays) == (2, 1)
+    # One video was captured at once, and all of it in one.
+    assert (graphs.captures, graphs.replays) == (3, 1)
     for batch in (1, 3, 1):
         inputs = inputs_of(video_model, batch)
         with torch.inference_mode():
@@ -72,7 +74,77 @@ def test_encode_and_fuse_are_replayed(video_model, graphs):
         assert all(torch.equal(y, e) for y, e in zip(features, expected, strict=True))
         assert torch.equal(output.pooler_output, tokens)
         assert torch.equal(output.encoder_weights, weights)
-    assert (graphs.captures, graphs.replays) == (4, 7)
+    assert (graphs.captures, graphs.replays) == (5, 7)
+
+
+def frames_of(model, batch, side=20):
+    count = max(config.num_frames for config in model.encoder_configs.values())
+    return torch.randint(0, 256, (batch, count, 3, side, side + 4), dtype=torch.uint8)
+
+
+def test_from_frames_to_tokens_in_one_replay(video_model, graphs):
+    with torch.inference_mode():
+        for batch, side in ((1, 20), (2, 20), (1, 24), (1, 20), (2, 20), (1, 24), (1, 20)):
+            frames = frames_of(video_model, batch, side)
+            output = video_model.get_video_features(frames)
+            expected = video_model.tail(video_model.concurrent(video_model.prepare(frames)))
+            assert torch.equal(output.pooler_output, expected[0])
+            assert torch.equal(output.encoder_weights, expected[1])
+    assert [(bucket.shapes[0][:1], bucket.replays) for bucket in video_model.graphs.whole.buckets] == [
+        ([2], 1),
+        ([1], 1),
+        ([1], 2),
+    ]
+
+
+def never(frames):
+    raise AssertionError("a graph was asked for")
+
+
+@pytest.mark.parametrize("reason", ["gradients", "budget", "floating point", "several sizes"])
+def test_what_is_not_replayed_as_a_whole(video_model, graphs, monkeypatch, reason):
+    monkeypatch.setattr(video_model.graphs, "replay", never)
+    frames = frames_of(video_model, 2)
+    if reason == "budget":
+        video_model.encode_budget = video_model.bytes_per_video()
+    elif reason == "floating point":
+        frames = frames / 255
+    elif reason == "several sizes":
+        frames = [frames[0], frames_of(video_model, 1, 12)[0]]
+    with torch.set_grad_enabled(reason == "gradients"):
+        output = video_model.get_video_features(frames)
+        assert torch.equal(output[0], video_model.tail(video_model.concurrent(video_model.prepare(frames)))[0])
+        assert reason == "several sizes" or video_model.replay(frames) is None
+
+
+def test_answers_by_one_graph(tiny, clips, video_model, graphs):
+    asked = [tiny.answer(clips[0], prompt(tiny, QUESTIONS[0]), **GREEDY)[0] for _ in range(3)]
+    assert [bucket.replays for bucket in video_model.graphs.whole.buckets] == [2]
+    # What one graph does is one stage.
+    assert [answer.timings_ms["prepare"] > 0 for answer in asked] == [True, False, False]
+    assert [answer.timings_ms["encode"] > 0 for answer in asked] == [True] * 3
+    assert len({answer.answer for answer in asked}) == 1
+    weights = [answer.encoder_weights for answer in asked]
+    assert weights[0] == weights[1] == weights[2]
+    # No video, and several, go step by step.
+    before = graphs.replays
+    tiny.generate([None, clips[0], clips[1]], prompt(tiny, QUESTIONS[0]), **GREEDY)
+    assert [bucket.replays for bucket in video_model.graphs.whole.buckets] == [2]
+    tiny.generate(None, prompt(tiny, QUESTIONS[0]), **GREEDY)
+    assert graphs.replays == before + 4
+
+
+def test_nothing_holds_a_model_that_is_gone(video_model, graphs):
+    other = copy.deepcopy(video_model)
+    other.use_graphs()
+    gone = weakref.ref(other)
+    gc.collect()
+    gc.disable()
+    try:
+        del other
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_parts_of_a_batch_are_shapes(video_model, graphs):
@@ -119,5 +191,12 @@ def test_replays_on_a_gpu_are_the_plain_results(video_model):
             assert all(torch.equal(y, e) for y, e in zip(features, expected, strict=True))
             assert torch.equal(output.pooler_output, tokens)
             assert torch.equal(output.encoder_weights, weights)
-    assert [len(call.buckets) for call in model.graphs.pool.calls] == [3, 3]
+            frames = frames_of(model, 1 + turn % 2, side=(90, 240)[turn % 3 == 0]).cuda()
+            output = model.get_video_features(frames)
+            inputs = model.prepare(frames)
+            expected = [encoder(x) for encoder, x in zip(model.encoders.values(), inputs, strict=True)]
+            assert torch.equal(output.pooler_output, model.tail(expected)[0])
+    assert model.graphs.whole.plain_calls == {}
+    assert sum(bucket.replays for bucket in model.graphs.whole.buckets) == 196
+    assert [len(call.buckets) for call in model.graphs.pool.calls] == [3, 3, 4]
     assert not model.graphs.encode.plain_calls

@@ -8,6 +8,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import merv_fast.runtime.concurrent as concurrent
+import merv_fast.runtime.front_end
 from merv_fast.modules import Tail, build_fusion, build_projector, set_attention
 from merv_fast.modules.attention import HeadAttention
 from merv_fast.modules.weighing import _FOLDED
@@ -481,6 +482,21 @@ class Plain(torch.nn.Module):
         return y
 
 
+def prepared(graphs=None):
+    """Makes the inputs [B, 2, 36, 24] of two encoders from frames [B, 2, H, W, 3]."""
+
+    def prepare(frames, dtype):
+        if graphs is not None:
+            graphs.read(frames)
+        means = frames.to(dtype, copy=True).div(255).mean((2, 3)) if graphs is None else (frames / 255).mean((2, 3))
+        inputs = [(means[:, :, None] * factor).repeat(1, 1, 36, 8) for factor in (1, 2)]
+        for x in inputs if graphs is not None else []:
+            graphs.write(x)
+        return inputs
+
+    return prepare
+
+
 @pytest.fixture
 def front_end(graphs, monkeypatch):
     def zeros(*shape, **kwargs):
@@ -509,9 +525,10 @@ def front_end(graphs, monkeypatch):
 
 def test_encoders_and_tail(graphs, front_end):
     encoders, tail = front_end
-    made = FrontEndGraphs(encoders, tail, [(1, 2, 36, 24)] * 2, graphs=graphs)
+    made = FrontEndGraphs(prepared(graphs), encoders, tail, 2, graphs=graphs)
     assert made.obstacle is None
-    assert graphs.captures == 2
+    # The small video's whole graph was only a trial.
+    assert (graphs.captures, len(graphs.live)) == (3, 2)
     assert len(graphs.pools) == 1
     for _ in range(3):
         inputs = [torch.randn(1, 2, 36, 24) for _ in range(2)]
@@ -523,14 +540,121 @@ def test_encoders_and_tail(graphs, front_end):
             expected = [module(x) for module, x in zip(encoders.modules(), inputs, strict=True)]
             assert all(torch.equal(y, e) for y, e in zip(features, expected, strict=True))
             assert all(torch.equal(y, e) for y, e in zip(outputs, tail(expected), strict=True))
-    assert graphs.captures == 2
-    assert str(made).startswith("encode: 1 of at most 4 graphs; [1, 2, 36, 24] 0 MiB, 4 replays; fuse: 1 of at most 4")
+    assert graphs.captures == 3
+    assert str(made).startswith(
+        "from frames to tokens: 0 of at most 4 graphs; "
+        "encode: 1 of at most 4 graphs; [1, 2, 36, 24] 0 MiB, 4 replays; fuse: 1 of at most 4"
+    )
+
+
+def frames_of(graphs, side, batch=1):
+    frames = torch.randint(0, 256, (batch, 2, side, side, 3), dtype=torch.uint8)
+    graphs.write(frames)
+    return frames
+
+
+def test_from_frames_to_tokens_in_one_graph(graphs, front_end):
+    encoders, tail = front_end
+    made = FrontEndGraphs(prepared(graphs), encoders, tail, 2, graphs=graphs)
+    before = graphs.captures
+    with torch.no_grad():
+        for side, batch in ((8, 1), (12, 1), (8, 2)):
+            # A shape that comes once is not worth a graph.
+            assert made.replay(frames_of(graphs, side, batch)) is None
+        assert graphs.captures == before
+        for side, batch in ((8, 1), (12, 1), (8, 2), (8, 1)):
+            frames = frames_of(graphs, side, batch)
+            outputs = made.replay(frames)
+            for y in outputs:
+                graphs.read(y)
+            inputs = prepared(graphs)(frames, torch.float32)
+            expected = tail([module(x) for module, x in zip(encoders.modules(), inputs, strict=True)])
+            assert all(torch.equal(y, e) for y, e in zip(outputs, expected, strict=True))
+    assert graphs.captures == before + 3
+    assert [bucket.replays for bucket in made.whole.buckets] == [1, 1, 2]
+    # On the streams of the graphs: the inputs come from the one, the encoders run on the others.
+    assert ("cpu/-1", "cuda:0/0") in graphs.waits
+
+
+def test_the_checker_sees_encoders_that_do_not_wait_for_their_frames(graphs, front_end, monkeypatch):
+    encoders, tail = front_end
+    wait = graphs.wait
+    made = FrontEndGraphs(prepared(graphs), encoders, tail, 2, graphs=graphs)
+    read = Plain.forward
+
+    def forward(self, x):
+        graphs.read(x)
+        return read(self, x)
+
+    monkeypatch.setattr(Plain, "forward", forward)
+    monkeypatch.setattr(
+        graphs, "wait", lambda waiting, awaited: None if waiting == "cuda:0/1" else wait(waiting, awaited)
+    )
+    with torch.no_grad():
+        made.replay(frames_of(graphs, 8))
+        with pytest.raises(AssertionError, match="cuda:0/1 does not wait for cpu/-1"):
+            made.replay(frames_of(graphs, 8))
+
+
+def test_of_old_shapes_of_frames_nothing_is_remembered(graphs, front_end, monkeypatch):
+    encoders, tail = front_end
+    monkeypatch.setattr(merv_fast.runtime.front_end, "MET", 2)
+    made = FrontEndGraphs(prepared(graphs), encoders, tail, 2, graphs=graphs)
+    with torch.no_grad():
+        for side, known in ((4, False), (5, False), (4, True), (6, False), (4, True), (5, False), (6, False)):
+            assert (made.replay(frames_of(graphs, side)) is not None) == known
+
+
+def test_frames_that_cannot_be_prepared_in_a_capture(graphs, front_end):
+    encoders, tail = front_end
+    prepare = prepared(graphs)
+
+    def fails(frames, dtype):
+        if graphs.in_capture:
+            raise RuntimeError("no")
+        return prepare(frames, dtype)
+
+    made = FrontEndGraphs(fails, encoders, tail, 2, graphs=graphs)
+    assert made.whole.obstacle == made.obstacle == "capture failed: RuntimeError: no"
+    assert made.encode.obstacle is made.fuse.obstacle is None
+    with torch.no_grad():
+        assert [made.replay(frames_of(graphs, 8)) for _ in range(3)] == [None] * 3
+
+
+def test_encoders_are_measured_once_for_captures(graphs, front_end, monkeypatch):
+    encoders, tail = front_end
+    measured = []
+
+    def measure(self, inputs):
+        measured.append([x.shape for x in inputs])
+        return [1.0, 3.0]
+
+    monkeypatch.setattr(ConcurrentEncoders, "measure", measure)
+    plans = []
+    plan = ConcurrentEncoders.plan
+    monkeypatch.setattr(
+        ConcurrentEncoders, "plan", lambda self, devices: plans.append(plan(self, devices)) or plans[-1]
+    )
+    for _ in range(2):
+        FrontEndGraphs(prepared(graphs), encoders, tail, 2, graphs=graphs)
+    assert measured == [[(1, 2, 36, 24)] * 2]
+    assert encoders.costs == [1.0, 3.0]
+    # The second encoder takes longest and goes first.
+    assert plans
+    assert all([members for _, _, members in plan] == [[1], [0]] for plan in plans)
+
+
+def test_encoders_without_graphs_are_not_measured(front_end, monkeypatch):
+    encoders, tail = front_end
+    monkeypatch.setattr(ConcurrentEncoders, "measure", None)
+    assert FrontEndGraphs(prepared(), encoders, tail, 2).obstacle == "weights are on cpu, which has no CUDA graphs"
+    assert encoders.costs is None
 
 
 def test_lanes_and_costs_hold_for_captures(graphs, front_end):
     encoders, tail = front_end
     encoders.lanes, encoders.costs = 1, [1.0, 2.0]
-    FrontEndGraphs(encoders, tail, [(1, 2, 36, 24)] * 2, graphs=graphs)
+    FrontEndGraphs(prepared(graphs), encoders, tail, 2, graphs=graphs)
     assert {waiting for waiting, _ in graphs.waits} == {"caller", "cpu/-1", "cuda:0/0"}
 
 
@@ -538,8 +662,8 @@ def test_the_query_is_folded_in_the_graph(graphs, front_end):
     encoders, tail = front_end
     kept = []
     graphs.before_capture = lambda: kept.append(tail.fusion in _FOLDED)
-    FrontEndGraphs(encoders, tail, [(1, 2, 36, 24)] * 2, graphs=graphs)
-    assert kept == [False, False]
+    FrontEndGraphs(prepared(graphs), encoders, tail, 2, graphs=graphs)
+    assert kept == [False] * 3
 
 
 def test_a_trial_that_fails_leaves_all_of_it_plain(graphs, front_end):
@@ -551,7 +675,7 @@ def test_a_trial_that_fails_leaves_all_of_it_plain(graphs, front_end):
         return tail.fusion([projector(x) for projector, x in zip(tail.projectors, xs, strict=True)])
 
     tail.forward = fail
-    made = FrontEndGraphs(encoders, tail, [(1, 2, 36, 24)] * 2, graphs=graphs)
+    made = FrontEndGraphs(prepared(graphs), encoders, tail, 2, graphs=graphs)
     assert made.encode.obstacle is None
     assert made.fuse.obstacle == made.obstacle == "capture failed: RuntimeError: no"
 
@@ -569,15 +693,21 @@ def test_encoders_that_cannot_be_captured_leave_the_tail_in_a_graph(graphs, fron
 
     first.forward = fail
     made = FrontEndGraphs(
-        ConcurrentEncoders(encoders.encoders, streams=graphs), tail, [(1, 2, 36, 24)] * 2, graphs=graphs
+        prepared(graphs), ConcurrentEncoders(encoders.encoders, streams=graphs), tail, 2, graphs=graphs
     )
     assert made.encode.obstacle == made.obstacle == "capture failed: RuntimeError: no"
     assert (made.fuse.obstacle, len(made.fuse.buckets)) == (None, 1)
 
 
+def test_encoders_that_no_module_holds(graphs, front_end):
+    encoders, tail = front_end
+    loose = ConcurrentEncoders(encoders.modules(), streams=graphs)
+    assert FrontEndGraphs(prepared(graphs), loose, tail, 2, graphs=graphs).obstacle is None
+
+
 def test_a_copy_has_no_graphs(graphs, front_end):
     encoders, tail = front_end
-    assert copy.deepcopy([FrontEndGraphs(encoders, tail, [(1, 2, 36, 24)] * 2, graphs=graphs)]) == [None]
+    assert copy.deepcopy([FrontEndGraphs(prepared(graphs), encoders, tail, 2, graphs=graphs)]) == [None]
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -718,7 +848,7 @@ def test_the_tail_on_a_gpu_sees_weights_written_to():
     encoders = torch.nn.ModuleList([torch.nn.Linear(24, 24), torch.nn.Linear(24, 16)]).cuda().bfloat16().eval()
     projectors = [build_projector("3davg+linear", n, 32, 4, slots=2, grid=(6, 6)) for n in (24, 16)]
     tail = Tail(projectors, build_fusion("cross_attention_avg_lq", 2, 32, query_width=8)).cuda().bfloat16().eval()
-    made = FrontEndGraphs(ConcurrentEncoders(encoders), tail, [(1, 2, 36, 24)] * 2)
+    made = FrontEndGraphs(prepared(), ConcurrentEncoders(encoders), tail, 2)
     assert made.obstacle is None
     with torch.no_grad():
         for _ in range(3):
@@ -727,4 +857,9 @@ def test_the_tail_on_a_gpu_sees_weights_written_to():
             inputs = [torch.randn(1, 2, 36, 24, device="cuda").bfloat16() for _ in range(2)]
             expected = tail([module(x) for module, x in zip(encoders, inputs, strict=True)])
             assert same(made.fuse(made.encode(inputs)), expected)
-    assert [len(call.buckets) for call in made.pool.calls] == [1, 1]
+        frames = torch.randint(0, 256, (1, 2, 9, 9, 3), dtype=torch.uint8, device="cuda")
+        assert made.replay(frames) is None
+        inputs = prepared()(frames, torch.bfloat16)
+        expected = tail([module(x) for module, x in zip(encoders, inputs, strict=True)])
+        assert same(made.replay(frames), expected)
+    assert [len(call.buckets) for call in made.pool.calls] == [1, 1, 1]

@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from merv_fast.ops import resample_frames
 from merv_fast.video import Recipe, every, prepare
@@ -27,6 +29,7 @@ RECIPES = {
     "languagebind": Recipe(224, 224, "resize-naive", "bilinear", False, *OPENAI),
 }
 SMALL = Recipe(32, 36, "resize-crop", "bilinear", True, *IMAGENET)
+FLOAT = Recipe(32, 36, "resize-naive", "bilinear", False, *OPENAI)
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -192,6 +195,69 @@ def test_levels_change_no_bit_of_the_normalisation(resize, short_side, dtype):
     recipe = replace(SMALL, resize=resize, short_side=short_side)
     batch = frames(2, 48, 85, 3)
     assert torch.equal(prepare(batch, recipe, dtype), step_by_step(batch, recipe, dtype))
+
+
+class Operators(TorchDispatchMode):
+    """The names of those that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [*(replace(SMALL, resize=resize, short_side=27) for resize in ("resize-naive", "letterbox", "resize-crop")), FLOAT],
+    ids=["resize-naive", "letterbox", "resize-crop", "no antialiasing"],
+)
+def test_after_the_first_time_nothing_comes_from_the_host_or_goes_there(recipe, monkeypatch):
+    """As a CUDA graph needs it."""
+    monkeypatch.setattr(module, "_CONSTANTS", {})
+    batch = frames(2, 48, 85, 3)
+    host = {"lift_fresh", "lift_fresh_copy", "_local_scalar_dense", "scalar_tensor"}
+    with Operators() as first:
+        expected = prepare(batch, recipe, torch.float16)
+    with Operators() as second:
+        again = prepare(batch, recipe, torch.float16)
+    assert first.names & host
+    assert not second.names & host
+    assert torch.equal(again, expected)
+
+
+def test_constants_are_those_of_their_recipe_and_dtype(monkeypatch):
+    monkeypatch.setattr(module, "_CONSTANTS", {})
+    batch = frames(2, 48, 85, 3)
+    others = [replace(SMALL, mean=SMALL.mean[::-1]), replace(SMALL, std=(0.25, 0.5, 0.125)), FLOAT]
+    for recipe in (SMALL, *others, SMALL):
+        for dtype in (torch.float32, torch.float16):
+            got = prepare(batch, recipe, dtype)
+            assert got.dtype == dtype
+            if recipe is not FLOAT:
+                assert torch.equal(got, step_by_step(batch, recipe, dtype))
+
+
+@torch.inference_mode()
+def prepared_in_inference_mode(batch):
+    return prepare(batch, FLOAT)
+
+
+def test_constants_made_in_inference_mode_serve_outside_of_it(monkeypatch):
+    monkeypatch.setattr(module, "_CONSTANTS", {})
+    batch = frames(1, 48, 85, 3)
+    first = prepared_in_inference_mode(batch)
+    assert all(not tensor.is_inference() for tensor in module._CONSTANTS.values())
+    assert torch.equal(prepare(batch, FLOAT), first)
+
+
+def test_what_a_tracer_makes_is_not_kept(monkeypatch):
+    monkeypatch.setattr(module, "_CONSTANTS", {})
+    with FakeTensorMode():
+        prepare(torch.empty(1, 48, 85, 3, dtype=torch.uint8), SMALL)
+    assert module._CONSTANTS == {}
 
 
 def watched(monkeypatch):
