@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from bench.cases import EAGER, OURS
 from bench.encoders import SERIAL
+from bench.front_end import FRONT_END
 from bench.steps import FIRST_TOKEN
 from bench.table import Row, read_latest
 from bench.waterfall import ANSWERS, TECHNIQUES, names
@@ -138,7 +139,7 @@ def waterfall(results: Results, device: str) -> Waterfall | None:
 
 
 def step_times(results: Results, device: str) -> list[tuple[str, Row, str]]:
-    """What, its row, and whose way: single encoders, all four, and the whole model up to its first token; one video."""
+    """What, its row, and whose way, of one video: single encoders, all four, to visual tokens, to the first token."""
     found = []
     for row in results.of(device):
         if row.impl not in (EAGER, OURS, SERIAL) or not row.case.endswith("B=1"):
@@ -147,9 +148,11 @@ def step_times(results: Results, device: str) -> list[tuple[str, Row, str]]:
             found.append((row.case.partition(",")[0], row, row.impl))
         elif row.op == "encoders":
             found.append(("all four", row, row.impl))
+        elif row.op == FRONT_END:
+            found.append(("front end", row, row.impl))
         elif row.op == FIRST_TOKEN:
             found.append(("whole model", row, row.impl))
-    order = ["all four", "whole model"]
+    order = ["all four", "front end", "whole model"]
     return sorted(found, key=lambda each: order.index(each[0]) + 1 if each[0] in order else 0)
 
 

@@ -32,6 +32,7 @@ from merv_fast.models.configuration import MERV_BASE, MervConfig, MervEncoderCon
 from merv_fast.models.video_model import MervVideoModel
 
 __all__ = [
+    "GRAPHED",
     "OURS_COMPILED",
     "SERIAL",
     "TRANSFORMERS",
@@ -44,6 +45,7 @@ __all__ = [
 ]
 
 TRANSFORMERS, SERIAL, OURS_COMPILED = "transformers", "merv_fast, one after another", "merv_fast, compiled"
+GRAPHED = "merv_fast, CUDA graph"
 BATCHES, ALONE = {"cuda": (1, 2, 4, 8), "cpu": (1, 4)}, {"cuda": (1, 8), "cpu": (1,)}
 """Of all four, and of each alone."""
 SMALL = {"image_size": 112, "width": 192, "heads": 3, "mlp_width": 768, "depth": 4}
@@ -65,7 +67,9 @@ def encoder_configs(device: str) -> dict[str, EncoderConfig]:
     found = {}
     for name, frames in MERV_BASE.items():
         full = encoder_config(name, frames)
-        small = replace(full, **SMALL, blocks=SMALL["depth"] - (full.depth - full.blocks))
+        side = SMALL["image_size"]
+        recipe = replace(full.recipe, size=side, short_side=side)
+        small = replace(full, **SMALL, blocks=SMALL["depth"] - (full.depth - full.blocks), recipe=recipe)
         found[full.family] = full if device == "cuda" else small
     return found
 
@@ -100,20 +104,28 @@ def one_encoder(setup: Setup, B: int, config: EncoderConfig) -> Entry:
 def all_encoders(setup: Setup, B: int, configs: dict[str, EncoderConfig]) -> Entry:
     """What a video model does, against one encoder after the other as the reference runs them."""
 
-    compiles = setup.device == "cuda" and B in ALONE["cuda"]
+    on_gpu = setup.device == "cuda"
+    compiles = on_gpu and B in ALONE["cuda"]
 
     def make() -> tuple:
         model = video_model(setup, configs)
         wholes = nn.ModuleList(place(setup, ReferenceEncoder(encoder)) for encoder in model.encoders.values())
-        compiled = copy.deepcopy(model) if compiles else None
+        graphed, compiled = (copy.deepcopy(model) if needed else None for needed in (on_gpu, compiles))
+        if graphed is not None:
+            graphed.use_graphs()
         if compiled is not None:
             compiled.use_compile(dynamic=False)
-        return [rand_pixels(setup, B, config) for config in configs.values()], model, wholes, compiled
+        return [rand_pixels(setup, B, config) for config in configs.values()], model, wholes, graphed, compiled
 
     def ours(pixels: list[Tensor], model: MervVideoModel, *rest: Any) -> list[Tensor]:
         return model.encode(pixels)
 
-    def ours_compiled(pixels: list[Tensor], model: Any, wholes: Any, compiled: MervVideoModel) -> list[Tensor]:
+    def ours_graphed(pixels: list[Tensor], model: Any, wholes: Any, graphed: Any, *rest: Any) -> list[Tensor]:
+        if graphed.graphs.encode.obstacle:
+            raise RuntimeError(f"encoders: they must be one graph, got {graphed.graphs}")
+        return graphed.encode(pixels)
+
+    def ours_compiled(pixels: list[Tensor], model: Any, wholes: Any, graphed: Any, compiled: Any) -> list[Tensor]:
         return compiled.encode(pixels)
 
     def serially(pixels: list[Tensor], model: MervVideoModel, *rest: Any) -> list[Tensor]:
@@ -123,8 +135,8 @@ def all_encoders(setup: Setup, B: int, configs: dict[str, EncoderConfig]) -> Ent
         return baselines.encode([partial(whole, run=run) for whole in wholes], pixels)
 
     ways = [Way(OURS, ours, [theirs]), Way(EAGER, theirs)]
-    if setup.device == "cuda":
-        ways.append(Way(SERIAL, serially, [theirs]))
+    if on_gpu:
+        ways += [Way(SERIAL, serially, [theirs]), Way(GRAPHED, ours_graphed, [theirs])]
     if compiles:
         ways.append(Way(OURS_COMPILED, ours_compiled, [theirs]))
         ways.append(Way(COMPILED, partial(theirs, run=compile_once(run_block)), [theirs]))

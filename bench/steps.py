@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from bench.cases import EAGER, MERV, OURS, Case, Setup, Way
 from bench.clip import FRAMES, no_cost, prompts
 from bench.comparison import Entry
+from bench.front_end import SIDES
 from bench.waterfall import TECHNIQUES, Steps, build, model_sizes
 from merv_fast import MervModel
 from merv_fast.models.requests import VisualTokens
@@ -16,7 +17,6 @@ __all__ = ["FIRST_TOKEN", "entries"]
 
 FIRST_TOKEN = "first token"
 GREEDY = {"do_sample": False, "max_new_tokens": 1}
-SIDES = {"cpu": (240, 320), "cuda": (720, 1280)}
 
 
 def entries(device: str) -> Iterator[Entry]:

@@ -5,7 +5,7 @@ LLaMA-2-7B with a fourth of its layers; on a CPU both are small.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from typing import Any
 
@@ -20,7 +20,6 @@ from bench.clip import CLIP, FRAMES, GREEDY, LENGTH, closest, letters, no_cost, 
 from bench.comparison import Entry
 from bench.encoders import encoder_configs, place, sizes
 from merv_fast import MervModel, load_frames, load_vid
-from merv_fast.encoders import EncoderConfig
 from merv_fast.models.configuration import MervConfig, MervEncoderConfig
 from merv_fast.models.modeling import MervForConditionalGeneration
 from merv_fast.models.requests import VisualTokens
@@ -163,7 +162,7 @@ def model_sizes(setup: Setup) -> str:
 
 def build(setup: Setup) -> tuple[MervModel, nn.ModuleList]:
     """MERV with random weights and merv-tiny's tokenizer, and its encoders as the reference runs them."""
-    encoders = {name: resized(config) for name, config in encoder_configs(setup.device).items()}
+    encoders = encoder_configs(setup.device)
     tokenizer = load_vid("merv-tiny").tokenizer
     special = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
     text = LlamaConfig(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **special, **LLM[setup.device])
@@ -178,9 +177,3 @@ def build(setup: Setup) -> tuple[MervModel, nn.ModuleList]:
         model = place(setup, MervForConditionalGeneration(config))
     wholes = nn.ModuleList(ReferenceEncoder(encoder) for encoder in model.video_model.encoders.values())
     return MervModel(model, tiny_processor(model, tokenizer)), place(setup, wholes)
-
-
-def resized(config: EncoderConfig) -> EncoderConfig:
-    """With frames prepared at the size that the encoder takes."""
-    recipe = replace(config.recipe, size=config.image_size, short_side=config.image_size)
-    return replace(config, recipe=recipe)
