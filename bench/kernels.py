@@ -58,6 +58,7 @@ from bench.cases import (
 from bench.clock import Timing, measure
 from bench.provenance import commit, name_device, today
 from bench.table import split_name
+from bench.targets import Target
 from bench.verify import WrongResult, in_float64, in_other_memory, verify
 from merv_fast.kernels._launch import Cost
 from merv_fast.ops._kernels import KERNELS
@@ -84,22 +85,6 @@ class Row:
     @property
     def percent(self) -> float | None:
         return 100 * self.roof_ms / self.timing.p50 if self.roof_ms and self.timing else None
-
-
-@dataclass
-class Target:
-    """``measured`` should be at most (or at least) ``asked``; None where it was not measured."""
-
-    name: str
-    measured: float | None
-    asked: float
-    at_most: bool = False
-
-    @property
-    def verdict(self) -> str:
-        if self.measured is None:
-            return "not measured"
-        return "met" if (self.measured <= self.asked if self.at_most else self.measured >= self.asked) else "missed"
 
 
 @dataclass

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bench.cases import EAGER, OURS
-from bench.table import read_latest
+from bench.table import Row, read_latest
+from bench.targets import of_the_model
 
 __all__ = ["MOST", "summarise"]
 
@@ -26,7 +27,7 @@ def summarise(folder: Path) -> tuple[list[str], bool]:
     stages = [line.split() for line in (folder / "stages.txt").read_text().splitlines()]
     lines = [f"{name:14} {verdict(code):10} {seconds:>4} s  {told(folder, name)}" for name, code, seconds in stages]
     lines += kernels(folder / "kernels.json")
-    lines += at_most(7, ratios(folder / "bench.csv"))
+    lines += model(folder / "bench.csv")
     lines += at_most(5, failed_tests(folder))
     lines += at_most(4, [line for log in folder.glob("tune.log") for line in grep(log, ": best ")])
     return at_most(MOST, lines), all(code == "0" for _, code, _ in stages)
@@ -65,12 +66,18 @@ def kernels(file: Path) -> list[str]:
     ]
 
 
-def ratios(file: Path) -> list[str]:
-    """Each case of `pytest bench/ --benchmark`: ours, and how many times as long the others take."""
+def model(file: Path) -> list[str]:
+    """What `pytest bench/ --benchmark` found: the targets of the whole model, and each case."""
     if not file.exists():
         return ["pytest bench/ --benchmark left no results"]
+    rows = list(read_latest(file).values())
+    return [f"  {target}" for target in of_the_model(rows)] + at_most(7, ratios(rows))
+
+
+def ratios(rows: Iterable[Row]) -> list[str]:
+    """Each case: ours, and how many times as long the others take."""
     cases: dict[tuple[str, str], dict[str, float]] = {}
-    for row in read_latest(file).values():
+    for row in rows:
         cases.setdefault((row.op, row.case), {})[row.impl] = row.p50
     lines = []
     for (op, case), times in cases.items():

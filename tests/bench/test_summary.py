@@ -34,6 +34,7 @@ def test_everything_right(tmp_path, capsys):
         "a GPU, torch 2.11, triton 3.6, commit 0123456789ab, 2026-11-22",
         "targets of the kernels: 1 met, 1 missed, 1 not measured",
         "  missed: tail: <= 1.2, got 1.50",
+        "  not measured: front end, B=1: eager over it: >= 10",
         "pool_tokens, 16x16x1024, B=1: 1.500 ms; eager x1.33",
     ):
         assert line in text.splitlines(), text
