@@ -12,6 +12,7 @@
 #include <memory>
 #include <mutex>
 #include <tuple>
+#include <utility>
 
 #include "frames.h"
 
@@ -62,25 +63,42 @@ struct Resize {
   std::vector<Tensor> kept_;
 };
 
+// One table, one reader after another: who finds a table has also launched what reads it before the next one looks.
+std::mutex& turn() {
+  static auto* const mutex = new std::mutex;
+  return *mutex;
+}
+
 bool is_captured(cudaStream_t stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   check(cudaStreamIsCapturing(stream, &status));
   return status != cudaStreamCaptureStatusNone;
 }
 
+// The last launch on each stream of each device that reads tables. To wait for these, unlike for a device, is allowed
+// while another thread captures a graph.
+std::map<std::pair<int32_t, cudaStream_t>, cudaEvent_t>& readers() {
+  static auto* const events = new std::map<std::pair<int32_t, cudaStream_t>, cudaEvent_t>;
+  return *events;
+}
+
+void note_reader(int32_t device, cudaStream_t stream) {
+  cudaEvent_t& event = readers()[{device, stream}];
+  if (event == nullptr) check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  check(cudaEventRecord(event, stream));
+}
+
 // Tables are made once for each size. They are never freed while a kernel may read them: a full cache is emptied
-// when the device is idle, and those that a graph captures stay for good.
+// when all of them have ended, and tables that a graph captures stay for good.
 std::shared_ptr<const Resize> resize_for(const Frames& frames, int64_t h, int64_t w, Filter filter, const Crop& crop,
                                          const torch::stable::Device& device, cudaStream_t stream) {
   using Key = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, Filter, int64_t, int64_t, int64_t, int64_t>;
   constexpr size_t kMost = 1024;
-  static std::mutex mutex;
   // They outlive the CUDA context.
   static auto* const cache = new std::map<Key, std::shared_ptr<const Resize>>;
   static auto* const captured = new std::map<Key, std::shared_ptr<const Resize>>;
   const Key key{device.index(), frames.H, frames.W,  h,         w,
                 filter,         crop.top, crop.left, crop.rows, crop.columns};
-  const std::lock_guard<std::mutex> lock(mutex);
   if (const auto found = captured->find(key); found != captured->end()) return found->second;
   if (const auto found = cache->find(key); found != cache->end()) {
     if (is_captured(stream)) captured->insert(*found);
@@ -88,7 +106,7 @@ std::shared_ptr<const Resize> resize_for(const Frames& frames, int64_t h, int64_
   }
   STD_TORCH_CHECK(!is_captured(stream), "merv_fast: a size is captured that was not resized to before");
   if (cache->size() >= kMost) {
-    check(cudaDeviceSynchronize());
+    for (const auto& [stream, event] : readers()) check(cudaEventSynchronize(event));
     cache->clear();
   }
   return (*cache)[key] = std::make_shared<const Resize>(frames, h, w, filter, crop, device);
@@ -130,10 +148,12 @@ void run(const Tensor& input, const std::vector<int64_t>& size, const std::strin
          uint8_t* out, const Down& last, size_t level_size) {
   const Frames frames(input);
   Queue queue(input, level_size);
+  const std::lock_guard<std::mutex> lock(turn());
   const auto found = resize_for(frames, size[0], size[1], filter_of(method), crop, input.device(), queue.stream);
   const int64_t frame_stride = frames.lead.empty() ? 0 : frames.lead_strides.back();
   resize(found->plan, found->tables, {frames.data, frames.count, frame_stride, frames.row_stride, frames.W, frames.C},
          out, last, queue);
+  if (!is_captured(queue.stream)) note_reader(input.get_device_index(), queue.stream);
 }
 
 Tensor resample_frames(Tensor input, std::vector<int64_t> size, std::string method) {

@@ -87,10 +87,10 @@ def _graphs(video: MervVideoModel, where: str) -> Choice:
     """What is replayed as CUDA graphs."""
     if video.graphs is None:
         return Choice("CUDA graphs", "none", "-", "MervVideoModel.use_graphs was not called")
-    graphs = video.graphs
+    graphs, described = video.graphs, str(video.graphs)
     calls = {"from frames to tokens": graphs.whole, "encode": graphs.encode, "fuse": graphs.fuse}
     names = [name for name, call in calls.items() if call.obstacle is None]
-    return Choice("CUDA graphs", ", ".join(names) or "none", where, str(graphs))
+    return Choice("CUDA graphs", ", ".join(names) or "none", where, described)
 
 
 def _between_calls(vidlm: MervModel) -> Iterator[Choice]:

@@ -353,7 +353,12 @@ class MervVideoModel(MervPreTrainedModel):
             return None
         if pixel_values_videos.dtype != torch.uint8 or len(pixel_values_videos) > self.videos_at_once():
             return None
-        output = self.graphs.replay(self._frames(pixel_values_videos))
+        try:
+            output = self.graphs.replay(self._frames(pixel_values_videos))
+        except torch.OutOfMemoryError as error:
+            batch, reason = len(pixel_values_videos), str(error).partition("\n")[0]
+            logger.warning("out of memory for a CUDA graph of %d videos, going on without (%s)", batch, reason)
+            return None
         return None if output is None else MervVideoOutput(pooler_output=output[0], encoder_weights=output[1])
 
     def use_graphs(self, max_graphs: int | None = 4, max_bytes: int | None = None) -> None:

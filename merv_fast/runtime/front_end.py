@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from itertools import chain
+from threading import Lock
 from typing import Any
 
 import torch
@@ -12,15 +13,12 @@ from torch import Tensor, nn
 
 from merv_fast.modules.weighing import WeighingFusion
 from merv_fast.runtime.concurrent import ConcurrentEncoders
-from merv_fast.runtime.graphs import CUDA_GRAPHS, GraphedCall, GraphPool, Graphs
+from merv_fast.runtime.graphs import CUDA_GRAPHS, GraphedCall, GraphPool, Graphs, remember
 
 __all__ = ["FrontEndGraphs"]
 
 SIDE = 64
 """Of the frames on which it is tried out whether preparing them can be captured."""
-
-MET = 64
-"""Shapes of frames that are remembered."""
 
 
 class FrontEndGraphs:
@@ -77,7 +75,8 @@ class FrontEndGraphs:
             (frames,) = inputs
             return tail(encode(prepare(frames, dtype_of(encoders, tail))))
 
-        self._met: OrderedDict[torch.Size, None] = OrderedDict()
+        self._met: OrderedDict[Hashable, None] = OrderedDict()
+        self._meeting = Lock()
         self.pool = GraphPool(max_bytes, graphs)
         self.encode = GraphedCall(encode, encoders, plain=concurrent, max_graphs=max_graphs, pool=self.pool)
         self.fuse = GraphedCall(tail, tail, refresh=forget, max_graphs=max_graphs, pool=self.pool)
@@ -111,19 +110,21 @@ class FrontEndGraphs:
         Args:
             frames: uint8 ``[B, F, H, W, 3]``, on the device of the weights.
         """
-        met = frames.shape in self._met
-        self._met[frames.shape] = None
-        self._met.move_to_end(frames.shape)
-        while len(self._met) > MET:
-            self._met.popitem(last=False)
+        with self._meeting:
+            met = frames.shape in self._met
+            remember(self._met, frames.shape, None)
         return self.whole([frames]) if met else None
 
     @property
     def obstacle(self) -> str | None:
         """Why one of the three runs without graphs, or None."""
-        return self.encode.obstacle or self.fuse.obstacle or self.whole.obstacle
+        for call in self.pool.calls:
+            call.check()
+        return next((call.obstacle for call in self.pool.calls if call.obstacle), None)
 
     def __str__(self) -> str:
+        for call in self.pool.calls:
+            call.check()
         calls = f"from frames to tokens: {self.whole}; encode: {self.encode}; fuse: {self.fuse}"
         return f"{calls}; {self.pool.bytes / 2**20:.0f} MiB together"
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from threading import RLock
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,10 @@ WARM_UPS = 2
 """Calls before a capture: they compile kernels and make handles and workspaces, which a capture may not."""
 
 REFUSALS = 64
-"""Shapes of which is remembered that they could not be captured."""
+"""Shapes without a graph of which is remembered why, and when they came."""
+
+RETRY = 32
+"""Calls after which a shape is captured after all for which there was no memory."""
 
 _ONE_AT_A_TIME = RLock()
 """CUDA captures one graph at a time, and what another thread gives to a stream meanwhile would become part of it."""
@@ -47,6 +50,9 @@ class Graphs(Streams, Protocol):
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """The active stream copies ``source`` into ``target``."""
+
+    def trim(self) -> None:
+        """Give back memory that PyTorch only keeps for later: captures cannot have it."""
 
     def pool(self) -> Any:
         """A name for memory that several graphs may share."""
@@ -81,14 +87,15 @@ class _CudaGraphs(_CudaStreams):
     def copy(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source, non_blocking=True)
 
+    def trim(self) -> None:
+        torch.cuda.empty_cache()
+
     def pool(self) -> Any:
         return torch.cuda.graph_pool_handle()
 
     def capture(self, call: Callable[[], Any], pool: Any) -> tuple[Any, Any]:
         # `torch.cuda.graph` leaves its stream the active one if a capture fails.
         graph = torch.cuda.CUDAGraph()
-        # Memory that only PyTorch's cache holds would not be there for the pool.
-        torch.cuda.empty_cache()
         # Other threads may allocate meanwhile.
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
@@ -125,12 +132,13 @@ class GraphPool:
 
     Attributes:
         reserved: bytes that captures took from the GPU.
+        now: how many calls there were.
     """
 
     def __init__(self, max_bytes: int | None = None, graphs: Graphs = CUDA_GRAPHS) -> None:
         self.max_bytes, self.graphs = max_bytes, graphs
         self.calls: list[GraphedCall] = []
-        self.reserved = self._live = 0
+        self.reserved = self._live = self.now = 0
         self._handle: Any = None
 
     @property
@@ -143,6 +151,8 @@ class GraphPool:
         if not self._live:
             # PyTorch does not take the name of a pool again whose graphs are all gone.
             self._handle, self.reserved = self.graphs.pool(), 0
+        # Before it is counted: else what is given back would hide what is taken.
+        self.graphs.trim()
         before = self.graphs.reserved(device)
         graph, outputs = self.graphs.capture(call, self._handle)
         grown = max(0, self.graphs.reserved(device) - before)
@@ -171,6 +181,7 @@ class Bucket:
         buffer_bytes: of ``buffers``.
         grown: bytes by which PyTorch's memory grew with the capture: less, if there was room in what graphs share.
         replays: how many there were.
+        used: when the last one was, in calls of the pool.
     """
 
     graph: Any
@@ -180,9 +191,17 @@ class Bucket:
     buffer_bytes: int
     grown: int
     replays: int = 0
+    used: int = 0
 
     def __str__(self) -> str:
         return f"{self.shapes[0]} {(self.buffer_bytes + self.grown) / 2**20:.0f} MiB, {self.replays} replays"
+
+
+class Refusal(NamedTuple):
+    """Why a call is not captured, and whether it will be so for all that is known."""
+
+    reason: str
+    lasting: bool = True
 
 
 class GraphedCall:
@@ -198,7 +217,8 @@ class GraphedCall:
 
     - while gradients are enabled, another graph is captured, or ``torch.compile`` traces (which is not counted),
     - for inputs that are on another device than the weights, or empty,
-    - for a shape whose capture failed, or that takes more than ``pool.max_bytes``.
+    - for a shape whose capture failed, or that takes more than ``pool.max_bytes``,
+    - for a shape for which there is no room, unless it comes twice while what would make room is not used.
 
     Threads may call it at once; replays happen one after another.
 
@@ -207,7 +227,7 @@ class GraphedCall:
         module: whose weights and settings it uses.
         plain: what runs where no graph does, in the streams of the caller; ``call`` if not given.
         refresh: called before each capture; makes ``call`` forget what it keeps of the weights between calls.
-        max_graphs: shapes that are kept; the least recently used one is dropped for another.
+        max_graphs: shapes that are kept; the least recently used one is dropped for another that comes more often.
         pool: memory to share with other calls.
         graphs: what captures and replays, if no ``pool`` is given; for tests.
 
@@ -250,7 +270,9 @@ class GraphedCall:
         self.pool.calls.append(self)
         self.plain_calls: Counter[str] = Counter()
         self._buckets: OrderedDict[Hashable, Bucket] = OrderedDict()
-        self._refused: OrderedDict[Hashable, str] = OrderedDict()
+        self._refused: OrderedDict[Hashable, tuple[Refusal, int]] = OrderedDict()
+        self._crowded: OrderedDict[Hashable, None] = OrderedDict()
+        self._came: OrderedDict[Hashable, int] = OrderedDict()
         self.obstacle: str | None = None
         self._decide()
 
@@ -281,7 +303,7 @@ class GraphedCall:
                 bucket = self._bucket(inputs)
                 if isinstance(bucket, Bucket):
                     return self._replay(bucket, inputs)
-                reason = bucket
+                reason = bucket.reason
         if not self.plain_calls[reason]:
             logger.warning("a call runs without a CUDA graph: %s", reason)
         self.plain_calls[reason] += 1
@@ -290,14 +312,26 @@ class GraphedCall:
     def try_out(self, inputs: Sequence[Tensor]) -> None:
         """Capture for inputs such as these; if that fails, ``obstacle`` says why until the module changes."""
         with _ONE_AT_A_TIME, torch.no_grad():
-            bucket: Bucket | str
+            bucket: Bucket | Refusal
             try:
                 bucket = self._bucket(inputs)
+            except torch.OutOfMemoryError as error:
+                bucket = Refusal(first_line(error), lasting=False)
             except Exception as error:  # whatever the call raises
-                bucket = first_line(error)
-            if not isinstance(bucket, Bucket) and self.obstacle is None:
+                bucket = Refusal(first_line(error))
+            if isinstance(bucket, Bucket) or self.obstacle is not None:
+                return
+            if bucket.lasting:
                 self.clear()
-                self.obstacle = bucket
+                self.obstacle = bucket.reason
+            else:
+                logger.warning("a CUDA graph could not be tried out: %s", bucket.reason)
+
+    def check(self) -> None:
+        """Take the module as it is now, if it is not as it was; ``obstacle`` and ``buckets`` are then what holds."""
+        with _ONE_AT_A_TIME:
+            if self._parts.state() != self._state:
+                self._decide()
 
     def clear(self) -> None:
         """Drop all graphs; shapes that come again are captured again."""
@@ -308,50 +342,67 @@ class GraphedCall:
     def _decide(self) -> None:
         """Take the module as it is now."""
         self.clear()
-        self._refused.clear()
+        for remembered in (self._refused, self._crowded, self._came):
+            remembered.clear()
         self._parts = Parts(self.module)
         self._state = self._parts.state()
         self.obstacle = self._parts.obstacle(self.graphs.serves)
         self._device = self._parts.device
 
-    def _bucket(self, inputs: Sequence[Tensor]) -> Bucket | str:
+    def _bucket(self, inputs: Sequence[Tensor]) -> Bucket | Refusal:
         """The graph for such inputs; or why there is none."""
-        if self._parts.state() != self._state:
-            self._decide()
+        self.check()
         if self.obstacle is not None:
-            return self.obstacle
+            return Refusal(self.obstacle)
         if any(x.device != self._device or not x.numel() for x in inputs):
-            return f"inputs must not be empty, and on {self._device}"
+            return Refusal(f"inputs must not be empty, and on {self._device}")
         key = (tuple((x.shape, x.stride(), x.dtype) for x in inputs), settings(self._device))
-        if key in self._refused:
-            return self._refused[key]
+        self.pool.now += 1
         if key not in self._buckets:
-            return self._add(key, inputs)
+            return self._refusal(key) or self._add(key, inputs)
         self._buckets.move_to_end(key)
+        self._buckets[key].used = self.pool.now
         return self._buckets[key]
 
-    def _add(self, key: Hashable, inputs: Sequence[Tensor]) -> Bucket | str:
+    def _refusal(self, key: Hashable) -> Refusal | None:
+        """Why a shape without a graph is not to be captured now, or None."""
+        last = self._came.get(key)
+        remember(self._came, key, self.pool.now)
+        if key in self._refused:
+            refusal, calls = self._refused[key]
+            if refusal.lasting or calls:
+                self._refused[key] = refusal, calls - 1
+                return refusal
+            del self._refused[key]
+        rivals = list(self._buckets.values())[:1] if len(self._buckets) >= self.max_graphs else []
+        if key in self._crowded:
+            rivals = [bucket for call in self.pool.calls for bucket in call.buckets]
+        if rivals and (last is None or any(bucket.used > last for bucket in rivals)):
+            return Refusal("there is no room beside graphs of shapes that come more often", lasting=False)
+        return None
+
+    def _add(self, key: Hashable, inputs: Sequence[Tensor]) -> Bucket | Refusal:
         while len(self._buckets) >= self.max_graphs:
             self._drop(next(iter(self._buckets)))
         bucket = self._capture(inputs)
-        if isinstance(bucket, str):
-            return self._refuse(key, bucket)
+        if isinstance(bucket, Refusal):
+            remember(self._refused, key, (bucket, RETRY))
+            return bucket
+        bucket.used = self.pool.now
         self._buckets[key] = bucket
         if self.pool.max_bytes is None or self.pool.bytes <= self.pool.max_bytes:
             return bucket
         alone, taken = sum(len(call.buckets) for call in self.pool.calls) == 1, self.pool.bytes
+        # Of what graphs share nothing is given back before the last of them is gone.
         self.pool.clear()
         reason = f"graphs take {taken / 2**20:.0f} MiB, max_bytes is {self.pool.max_bytes / 2**20:.0f} MiB"
-        # Beside others it may have been their memory.
-        return self._refuse(key, reason) if alone else f"{reason}: all were dropped"
+        if alone:
+            remember(self._refused, key, (Refusal(reason), 0))
+            return Refusal(reason)
+        remember(self._crowded, key, None)
+        return Refusal(f"{reason}: all were dropped", lasting=False)
 
-    def _refuse(self, key: Hashable, reason: str) -> str:
-        self._refused[key] = reason
-        while len(self._refused) > REFUSALS:
-            self._refused.popitem(last=False)
-        return reason
-
-    def _capture(self, inputs: Sequence[Tensor]) -> Bucket | str:
+    def _capture(self, inputs: Sequence[Tensor]) -> Bucket | Refusal:
         graphs, device = self.graphs, self._device
         caller, side = graphs.current(device), graphs.side(device, REPLAYS)
         autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
@@ -373,7 +424,8 @@ class GraphedCall:
                     try:
                         graph, outputs, grown = self.pool.capture(lambda: self.call(list(buffers)), device)
                     except Exception as error:  # whatever a module or CUDA raises
-                        return f"capture failed: {first_line(error)}"
+                        lasting = not isinstance(error, torch.OutOfMemoryError)
+                        return Refusal(f"capture failed: {first_line(error)}", lasting)
             finally:
                 graphs.wait(caller, side)
         taken = sum(x.untyped_storage().nbytes() for x in buffers)
@@ -406,8 +458,17 @@ class GraphedCall:
 
     def _drop(self, key: Hashable) -> None:
         # A replay may be under way.
-        self.graphs.synchronise(self._device)
+        with self.graphs.use(self.graphs.side(self._device, REPLAYS)):
+            self.graphs.synchronise(self._device)
         self.pool.release(self._buckets.pop(key).graph)
+
+
+def remember(held: OrderedDict[Hashable, Any], key: Hashable, value: Any) -> None:
+    """``held[key] = value``; of more than `REFUSALS` keys the oldest are forgotten."""
+    held[key] = value
+    held.move_to_end(key)
+    while len(held) > REFUSALS:
+        held.popitem(last=False)
 
 
 def like(x: Tensor) -> Tensor:

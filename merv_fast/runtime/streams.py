@@ -31,7 +31,10 @@ class Streams(Protocol):
         """The memory of ``tensor`` is not given away before what ``stream`` has been given so far is done."""
 
     def synchronise(self, device: torch.device) -> None:
-        """Wait until ``device`` has done all that it was given."""
+        """Wait for what the stream of ``device`` on which the caller works has been given so far.
+
+        Not for the whole device: CUDA does not allow that while another thread captures a graph.
+        """
 
 
 class _CudaStreams:
@@ -56,7 +59,7 @@ class _CudaStreams:
             tensor.record_stream(stream)
 
     def synchronise(self, device: torch.device) -> None:
-        torch.cuda.synchronize(device)
+        torch.cuda.current_stream(device).synchronize()
 
 
 CUDA: Streams = _CudaStreams()

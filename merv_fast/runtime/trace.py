@@ -21,13 +21,13 @@ Name = str | Callable[[tuple[Any, ...], Mapping[str, Any]], str | None]
 
 
 class StageTimer:
-    """Adds up the wall-clock time of named stages, waiting for the device at both ends of each.
+    """Adds up the wall-clock time of named stages, waiting for the caller's stream at both ends of each.
 
     Each stage is also a `span`. On a GPU its peak of memory is noted too, for which PyTorch's own count of the peak
     (``torch.cuda.max_memory_allocated``) starts anew at each stage.
 
     Args:
-        device: the device whose queued work belongs to a stage.
+        device: whose work, queued on the caller's stream, belongs to a stage.
 
     Attributes:
         milliseconds: of each stage.
@@ -69,7 +69,8 @@ class StageTimer:
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            # Not for the device: another thread may be capturing a graph.
+            torch.cuda.current_stream(self.device).synchronize()
 
 
 class CallSpans:

@@ -1,5 +1,7 @@
 """What explain says of prefixes, caches and memory, and how memory is measured, on a GPU that is played."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -26,7 +28,10 @@ def gpu(monkeypatch):
         calls.append("max")
         return calls.count("max") << 20
 
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append("wait"))
+    stream = SimpleNamespace(synchronize=lambda: calls.append("wait"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    # All of the device may not be waited for: another thread may capture a graph.
+    monkeypatch.setattr(torch.cuda, "synchronize", None)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: calls.append("reset"))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", peak)
     return calls

@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import logging
+import threading
 import weakref
 
 import pytest
@@ -134,6 +136,49 @@ def test_answers_by_one_graph(tiny, clips, video_model, graphs):
     assert graphs.replays == before + 4
 
 
+def test_without_memory_for_a_graph_the_batch_is_halved(video_model, graphs, caplog):
+    tail, concurrent = video_model.tail, video_model.graphs.whole.call
+
+    def full(inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory\nmore")
+
+    video_model.graphs.whole.call = full
+    frames = frames_of(video_model, 4)
+    with torch.inference_mode(), caplog.at_level(logging.WARNING, "merv_fast"):
+        for _ in range(2):
+            output = video_model.get_video_features(frames)
+            assert torch.equal(output[0], tail(video_model.concurrent(video_model.prepare(frames)))[0])
+    assert caplog.messages == ["out of memory for a CUDA graph of 4 videos, going on without (CUDA out of memory)"]
+    video_model.graphs.whole.call = concurrent
+    with torch.inference_mode():
+        video_model.get_video_features(frames)
+    assert len(video_model.graphs.whole.buckets) == 1
+
+
+def test_what_is_told_is_of_the_model_as_it_is(video_model, graphs):
+    with torch.inference_mode():
+        for _ in range(2):
+            video_model.get_video_features(frames_of(video_model, 1))
+        hook = video_model.tail.register_forward_hook(lambda *_: None)
+        video_model.get_video_features(frames_of(video_model, 1))
+        assert "hooks" in video_model.graphs.obstacle
+        hook.remove()
+    assert video_model.graphs.obstacle is None
+    assert "no graphs" not in str(video_model.graphs)
+
+
+def test_encoders_that_are_compiled_are_captured_anew(video_model, graphs):
+    with torch.inference_mode():
+        for _ in range(2):
+            video_model.get_video_features(frames_of(video_model, 1))
+    assert video_model.graphs.whole.buckets
+    video_model.use_compile({"dinov2"}, backend="eager")
+    try:
+        assert [call.buckets for call in video_model.graphs.pool.calls] == [[], [], []]
+    finally:
+        video_model.use_compile(False)
+
+
 def test_nothing_holds_a_model_that_is_gone(video_model, graphs):
     other = copy.deepcopy(video_model)
     other.use_graphs()
@@ -176,7 +221,38 @@ def test_a_copy_of_the_model_has_none(video_model, graphs):
     assert other.graphs is None
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@needs_gpu
+def test_eight_threads_ask_on_a_gpu(tiny):
+    vidlm = copy.deepcopy(tiny).to("cuda", torch.bfloat16)
+    frames = [frames_of(vidlm.model.video_model, 1, side)[0].movedim(1, -1) for side in (20, 28, 36, 44, 52, 60)]
+    asked = prompt(vidlm, QUESTIONS[0])
+    expected = [vidlm.generate(x, asked, **GREEDY) for x in frames]
+    vidlm.model.video_model.use_graphs()
+    wrong = []
+
+    def run(number):
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for turn in range(12):
+                    which = (number + turn) % len(frames)
+                    if vidlm.generate(frames[which], asked, **GREEDY) != expected[which]:
+                        wrong.append((number, turn))
+        except Exception as error:  # which a thread would keep to itself
+            wrong.append((number, error))
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert len(vidlm.model.video_model.graphs.whole.buckets) == 4
+
+
+@needs_gpu
 def test_replays_on_a_gpu_are_the_plain_results(video_model):
     model = copy.deepcopy(video_model).to("cuda", torch.bfloat16)
     model.use_graphs()

@@ -87,6 +87,8 @@ class RecordingGraphs(RecordingStreams):
         self.alive, self.reads, self.host = [], {}, {}
         self.modules, self.live, self.pools = [], [], []
         self.captures = self.replays = self.size = self.growth = 0
+        # What PyTorch keeps of temporary memory; a capture cannot have it.
+        self.cached = 0
         self.in_capture = False
         self.before_capture = lambda: None
 
@@ -100,6 +102,8 @@ class RecordingGraphs(RecordingStreams):
         for stream, count in self.reads.pop(tensor.data_ptr(), []):
             assert self.clocks[self.active].get(stream, 0) >= count, f"{self.active} writes while {stream} may read"
         super().write(tensor)
+        if not self.in_capture:
+            self.cached = 1 << 20
         # An address stands for one tensor.
         self.alive.append(tensor)
 
@@ -119,9 +123,12 @@ class RecordingGraphs(RecordingStreams):
         self.write(target)
 
     def synchronise(self, device):
-        for clock in self.clocks.values():
-            for name, count in clock.items():
-                self.host[name] = max(self.host.get(name, 0), count)
+        """For one stream: for all of a device CUDA does not wait while a graph is captured."""
+        for name, count in self.clocks[self.active].items():
+            self.host[name] = max(self.host.get(name, 0), count)
+
+    def trim(self):
+        self.cached = 0
 
     def pool(self):
         self.pools.append([])
@@ -129,6 +136,7 @@ class RecordingGraphs(RecordingStreams):
 
     def capture(self, call, pool):
         assert not self.in_capture, "two captures at once"
+        assert not self.cached, "memory is kept that the capture may need"
         assert not pool or any(graph in self.live for graph in pool), "a pool is used again whose graphs are gone"
         self.before_capture()
         self.in_capture, self.captures = True, self.captures + 1
@@ -160,7 +168,7 @@ class RecordingGraphs(RecordingStreams):
         self.live.remove(graph)
 
     def reserved(self, device):
-        return self.size
+        return self.size + self.cached
 
     def addresses(self):
         return [weight.data_ptr() for module in self.modules for weight in module.parameters()]

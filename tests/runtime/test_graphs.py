@@ -8,7 +8,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import merv_fast.runtime.concurrent as concurrent
-import merv_fast.runtime.front_end
+import merv_fast.runtime.graphs
 from merv_fast.modules import Tail, build_fusion, build_projector, set_attention
 from merv_fast.modules.attention import HeadAttention
 from merv_fast.modules.weighing import _FOLDED
@@ -188,19 +188,95 @@ def test_the_least_recently_used_is_dropped(graphs, make):
     call = make(max_graphs=2)
     for rows in (1, 2, 1, 3):
         assert right(graphs, call, 1, rows=rows)
+    # For one that comes for the first time none is dropped.
+    assert [bucket.shapes[0][0] for bucket in call.buckets] == [2, 1]
+    assert right(graphs, call, 1, rows=3)
     assert [bucket.shapes[0][0] for bucket in call.buckets] == [1, 3]
     assert len(graphs.live) == 2
     assert right(graphs, call, 1, rows=1)
     assert graphs.captures == 3
-    assert right(graphs, call, 1, rows=2)
+    for _ in range(2):
+        assert right(graphs, call, 1, rows=2)
     assert graphs.captures == 4
+
+
+def test_more_shapes_in_turns_than_graphs_do_not_drive_each_other_out(graphs, make):
+    call = make(max_graphs=4)
+    for turn in range(40):
+        assert right(graphs, call, 1, rows=1 + turn % 5)
+    assert (graphs.captures, graphs.replays) == (4, 32)
+    assert call.plain_calls == {"there is no room beside graphs of shapes that come more often": 8}
+
+
+def test_shapes_that_do_not_fit_together_do_not_drive_each_other_out(graphs, make):
+    graphs.growth = 3 << 20
+    pool = GraphPool(5 << 20, graphs)
+    call = make(pool=pool)
+    for turn in range(20):
+        assert right(graphs, call, 1, rows=1 + turn % 2)
+    # Both, and the first again after both were dropped.
+    assert (graphs.captures, graphs.replays) == (3, 10)
+    # When the first does not come any more, there is room for the second.
+    assert right(graphs, call, 1, rows=2)
+    assert call.buckets == []
+    assert right(graphs, call, 1, rows=2)
+    assert [bucket.shapes[0][0] for bucket in call.buckets] == [2]
 
 
 def test_one_graph_after_another_in_fresh_memory(graphs, make):
     call = make(max_graphs=1)
-    assert all(right(graphs, call, 1, rows=rows) for rows in (1, 2, 1))
+    assert all(right(graphs, call, 1, rows=rows) for rows in (1, 2, 2, 1, 1))
+    assert graphs.captures == 3
     # A pool whose graphs are all gone cannot be named again.
     assert len(graphs.pools) == 3
+
+
+def test_a_shape_for_which_there_was_no_memory_is_tried_again(graphs, make, monkeypatch):
+    monkeypatch.setattr(merv_fast.runtime.graphs, "RETRY", 3)
+    call = make()
+    full = True
+
+    def before():
+        if full:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    graphs.before_capture = before
+    for _ in range(5):
+        assert right(graphs, call, 1)
+    assert call.plain_calls == {"capture failed: OutOfMemoryError: CUDA out of memory": 5}
+    full = False
+    assert [right(graphs, call, 1) for _ in range(3)] == [True] * 3
+    assert (graphs.captures, graphs.replays) == (0, 0)
+    assert right(graphs, call, 1)
+    assert (graphs.captures, graphs.replays) == (1, 1)
+
+
+def test_a_trial_for_which_there_was_no_memory_decides_nothing(graphs, make, caplog):
+    call = make()
+    call.call, run = lambda inputs: 1 / 0, call.call
+
+    def full(inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    call.call = full
+    with caplog.at_level(logging.WARNING, "merv_fast"):
+        call.try_out(given(graphs, 1))
+    assert caplog.messages == ["a CUDA graph could not be tried out: OutOfMemoryError: CUDA out of memory"]
+    assert call.obstacle is None
+    call.call = run
+    assert right(graphs, call, 1)
+    assert graphs.replays == 1
+
+
+def test_what_is_known_is_of_the_module_as_it_is(graphs, make):
+    call = make()
+    assert right(graphs, call, 1)
+    hook = graphs.modules[0].register_forward_hook(lambda *_: None)
+    assert right(graphs, call, 1)
+    assert "hooks" in call.obstacle
+    hook.remove()
+    call.check()
+    assert (call.obstacle, call.buckets) == (None, [])
 
 
 def test_weights_written_to_are_seen(graphs, make):
@@ -470,13 +546,14 @@ def test_says_what_is_wrong():
 
 
 class Plain(torch.nn.Module):
-    """An encoder of [B, 2, 36, 24], which says that all of it was written."""
+    """An encoder of [B, 2, 36, 24], which says that it reads its input and that all of its output was written."""
 
     def __init__(self, graphs, width):
         super().__init__()
         self.graphs, self.layer = graphs, torch.nn.Linear(24, width)
 
     def forward(self, x):
+        self.graphs.read(x)
         y = self.layer(x)
         self.graphs.write(y)
         return y
@@ -513,6 +590,8 @@ def front_end(graphs, monkeypatch):
     forward = tail.forward
 
     def written(xs):
+        for x in xs:
+            graphs.read(x)
         outputs = forward(xs)
         for y in outputs:
             graphs.write(y)
@@ -580,13 +659,6 @@ def test_the_checker_sees_encoders_that_do_not_wait_for_their_frames(graphs, fro
     encoders, tail = front_end
     wait = graphs.wait
     made = FrontEndGraphs(prepared(graphs), encoders, tail, 2, graphs=graphs)
-    read = Plain.forward
-
-    def forward(self, x):
-        graphs.read(x)
-        return read(self, x)
-
-    monkeypatch.setattr(Plain, "forward", forward)
     monkeypatch.setattr(
         graphs, "wait", lambda waiting, awaited: None if waiting == "cuda:0/1" else wait(waiting, awaited)
     )
@@ -596,9 +668,22 @@ def test_the_checker_sees_encoders_that_do_not_wait_for_their_frames(graphs, fro
             made.replay(frames_of(graphs, 8))
 
 
+def test_the_checker_sees_a_tail_that_does_not_wait_for_the_encoders(graphs, front_end, monkeypatch):
+    encoders, tail = front_end
+    wait = graphs.wait
+    made = FrontEndGraphs(prepared(graphs), encoders, tail, 2, graphs=graphs)
+    monkeypatch.setattr(
+        graphs, "wait", lambda waiting, awaited: None if awaited == "cuda:0/1" else wait(waiting, awaited)
+    )
+    with torch.no_grad():
+        made.replay(frames_of(graphs, 8))
+        with pytest.raises(AssertionError, match="cpu/-1 does not wait for cuda:0/1"):
+            made.replay(frames_of(graphs, 8))
+
+
 def test_of_old_shapes_of_frames_nothing_is_remembered(graphs, front_end, monkeypatch):
     encoders, tail = front_end
-    monkeypatch.setattr(merv_fast.runtime.front_end, "MET", 2)
+    monkeypatch.setattr(merv_fast.runtime.graphs, "REFUSALS", 2)
     made = FrontEndGraphs(prepared(graphs), encoders, tail, 2, graphs=graphs)
     with torch.no_grad():
         for side, known in ((4, False), (5, False), (4, True), (6, False), (4, True), (5, False), (6, False)):
