@@ -31,7 +31,7 @@ if not torch.cuda.is_available():
     sys.exit("nsys.sh: PyTorch finds no CUDA GPU")
 
 from merv_fast.cli.ask import Loader
-from merv_fast.cli.profile import model_spans
+from merv_fast.models.spans import model_spans
 from merv_fast.runtime.trace import nvtx_ranges, span
 
 video, model, question, device, tokens = sys.argv[1:]
@@ -53,6 +53,6 @@ with model_spans(vidlm), nvtx_ranges():
 "$NSYS" profile --trace=cuda,nvtx,osrt,cudnn,cublas --sample=none --cpuctxsw=none \
     --capture-range=cudaProfilerApi --capture-range-end=stop --force-overwrite=true --output="$OUT/answer" \
     "$PYTHON" -c "$WORKLOAD" "$VIDEO" "$MODEL" "$QUESTION" "${DEVICE:-cuda}" "${TOKENS:-16}"
-"$NSYS" stats --force-export=true --report nvtx_sum,cuda_gpu_kern_sum --format table "$OUT/answer.nsys-rep" |
+"$NSYS" stats --force-export=true --report nvtx_sum,nvtx_gpu_proj_sum,cuda_gpu_kern_sum --format table "$OUT/answer.nsys-rep" |
     tee "$OUT/nsys.txt"
 echo "everything: $OUT"

@@ -20,7 +20,7 @@ import merv_fast
 from merv_fast import sample_clip
 from merv_fast.cli.app import app, main
 from merv_fast.cli.ask import Loader
-from merv_fast.cli.profile import model_spans
+from merv_fast.models.spans import model_spans
 from merv_fast.runtime.timeline import draw_timeline, milliseconds, read_lanes, totals
 from merv_fast.runtime.trace import CallSpans, StageTimer, nvtx_ranges, span
 from merv_fast.video.drawing import BACKGROUND
@@ -650,7 +650,7 @@ def test_nsys_records_one_answer_and_prints_the_tables(tmp_path, random_merv):
     assert log[0].startswith("profile|--trace=cuda,nvtx,osrt,cudnn,cublas|")
     assert "|--capture-range=cudaProfilerApi|" in log[0]
     assert log[0].endswith(f"|{sample_clip()}|{random_merv}|What happens in this video?|cpu|2")
-    assert re.fullmatch(r"stats\|.*--report\|nvtx_sum,cuda_gpu_kern_sum\|.*out/answer.nsys-rep", log[-1])
+    assert re.fullmatch(r"stats\|.*--report\|nvtx_sum,nvtx_gpu_proj_sum,cuda_gpu_kern_sum\|.*out/answer.nsys-rep", log[-1])
     assert (log[1], log[2], log[-2]) == ("start", "push merv/answer", "stop")
     assert {line.partition(" ")[2] for line in log if line.startswith("push")} == {f"merv/{name}" for name in NAMES}
     assert sum(line.startswith("push") for line in log) == log.count("pop")

@@ -142,6 +142,7 @@ def show_explanation(path: Path, loader: Loader, clip: dict[str, Any]) -> None:
     where = video.device if isinstance(video, DaliVideo) else "cpu"
     with waiting(f"loading {loader.model}"):
         vidlm = loader.load()
+    vidlm.host_memory = vidlm.device.type != "cuda"
     with waiting(f"encoding on {vidlm.device}"):
         tokens = vidlm.encode(path, **clip)
     height, width = video.size
@@ -149,7 +150,7 @@ def show_explanation(path: Path, loader: Loader, clip: dict[str, Any]) -> None:
         console.print(weights_table(tokens.encoder_weights))
     table = Table(title=f"{vidlm.model_id}: what runs where and why", title_justify="left")
     for column in ("part", "runs", "where", "why"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     table.add_row("decode", video.decoder, str(where), f"{len(video)} frames of {width}x{height} at {video.fps:g}/s")
     for choice in explain(vidlm):
         table.add_row(choice.part, choice.runs, choice.where, choice.why)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,16 +17,13 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, _ExperimentalConfig, profile
 
 from merv_fast.cli.ask import Loader, waiting
-from merv_fast.models import MervModel
+from merv_fast.models.spans import model_spans
 from merv_fast.runtime.timeline import Total, draw_timeline, read_lanes, totals
-from merv_fast.runtime.trace import CallSpans, span
+from merv_fast.runtime.trace import span
 from merv_fast.video import open_video
 from merv_fast.video.drawing import png
 
-__all__ = ["Profile", "model_spans", "profile_answer", "show_profile"]
-
-GROUPS = 4
-"""At most so many groups of blocks an encoder."""
+__all__ = ["Profile", "profile_answer", "show_profile"]
 
 
 @dataclass(frozen=True)
@@ -102,32 +98,6 @@ def check_files(out: Path, picture: Path | None) -> None:
             raise ValueError(f"{option} must be a {suffix} file, got {path}")
         if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
             raise ValueError(f"{option} must be a file that can be written, got {path}")
-
-
-def model_spans(vidlm: MervModel) -> CallSpans:
-    """Spans inside ``answer``: each encoder and its groups of blocks, the splice, each call of the language model."""
-    calls, model = CallSpans(), vidlm.model
-    for name, encoder in model.video_model.encoders.items():
-        calls.around(encoder, f"encode/{name}")
-        blocks = encoder.blocks
-        size = math.ceil(len(blocks) / GROUPS)
-        for first in range(0, len(blocks), size):
-            last = min(first + size, len(blocks)) - 1
-            group = f"{first}-{last}" if first < last else first
-            calls.between(blocks[first], blocks[last], f"encode/{name}/blocks {group}")
-    calls.gap(model.get_input_embeddings(), model.language_model, splice)
-    calls.around(model.language_model, phase)
-    return calls
-
-
-def splice(args: tuple[Any, ...], kwargs: Any) -> str | None:
-    """What follows the embedding of a prompt; that of one token has no visual tokens to place."""
-    return "splice" if args[0].shape[1] > 1 else None
-
-
-def phase(args: tuple[Any, ...], kwargs: Any) -> str:
-    """What a call of the language model does: a prompt has many tokens, decoding feeds one at a time."""
-    return "prefill" if kwargs["inputs_embeds"].shape[1] > 1 else "decode_text"
 
 
 @contextmanager

@@ -80,7 +80,15 @@ def _choices(model: Any) -> Iterator[Choice]:
         yield Choice("language model", f"{type(llm).__name__}, {attention}", llm_where, "transformers' own module")
         obstacle = sharing_obstacle(model, {})
         runs = "each prompt from its start" if obstacle else "what prompts about a video begin with, once"
+        yield _room(model, llm_where)
         yield Choice("prefill", runs, llm_where, obstacle or "the language model's cache can be copied and filled up")
+
+
+def _room(model: MervForConditionalGeneration, where: str) -> Choice:
+    """Visual tokens, and how many windows of them a prompt can have."""
+    each, positions = model.video_model.num_video_tokens, model.config.get_text_config().max_position_embeddings
+    why = f"of {positions} positions: at most {max(positions - 1, 0) // each} windows, less what prompt and answer take"
+    return Choice("visual tokens", f"{each} a video, or a window of one", where, why)
 
 
 def _graphs(video: MervVideoModel, where: str) -> Choice:
@@ -101,8 +109,11 @@ def _between_calls(vidlm: MervModel) -> Iterator[Choice]:
         where = "memory" if vidlm.cache.disk is None else "memory and disk"
         yield Choice("cache", f"{vidlm.cache.keep} of each video", where, str(vidlm.cache))
     peaks = ", ".join(f"{stage} {peak / 2**20:.0f} MiB" for stage, peak in vidlm.last_memory.items())
-    if vidlm.device.type != "cuda":
-        peaks, why = "not measured", "PyTorch counts the memory of GPUs only"
+    if peaks:
+        what = "the process" if vidlm.host_memory else "tensors"
+        why = f"of {what}, with the weights, most at one time in the last call of answer or encode"
+    elif vidlm.device.type == "cuda" or vidlm.host_memory:
+        why = "neither answer nor encode was called yet"
     else:
-        why = "with the weights, most at one time in the last call of answer" if peaks else "answer was not called yet"
+        why = "of GPUs only, unless MervModel.host_memory is set"
     yield Choice("peak memory", peaks or "not measured", str(vidlm.device), why)

@@ -77,6 +77,7 @@ def model_identity(model: MervVideoModel, cache: VideoCache) -> str | None:
             # Classes and settings of all layers: one that was replaced by a quantised one is another.
             "modules": repr(parts),
             "encoders": repr(model.encoder_configs),
+            "compiled": model.compiled,
             "attention": [attention_versions(encoder) for encoder in model.encoders.values()],
             "tail": tail if cache.keep == "tokens" else None,
             # Kinds of devices, not their numbers: GPUs of one kind compute the same.
@@ -125,7 +126,7 @@ def arithmetic(device: torch.device, dtype: torch.dtype) -> list[Any]:
     else:
         chip = torch.backends.cpu.get_cpu_capability()
         precisions = [backends.mkldnn.matmul.fp32_precision, backends.mkldnn.conv.fp32_precision]
-    return [device.type, chip, dtype, autocast, *precisions]
+    return [device.type, chip, dtype, autocast, torch.are_deterministic_algorithms_enabled(), *precisions]
 
 
 def versions() -> list[Any]:

@@ -73,8 +73,10 @@ class MervModel(nn.Module):
         cache: where encoded videos are kept between calls; None, as at first, for nowhere. Keys hold the contents of
             video and weights, so each is read once more. After a write through ``parameter.data``, which PyTorch does
             not count, call ``eval()``.
-        last_memory: most bytes of tensors on the GPU during each stage of the call of ``answer`` that ended last, those
-            of other threads among them; empty on a CPU, where it is not measured.
+        last_memory: most bytes of tensors on GPUs during each stage of the call of ``answer`` or ``encode`` that ended
+            last, those of other threads among them.
+        host_memory: whether the memory of the process counts in it as well, weights that are mapped included; on Linux,
+            whose own count of the peak then starts anew at each stage.
 
     Example:
         >>> import merv_fast
@@ -90,6 +92,7 @@ class MervModel(nn.Module):
         self.processor = processor
         self.cache: VideoCache | None = None
         self.last_memory: dict[str, int] = {}
+        self.host_memory = False
 
     def train(self, mode: bool = True) -> Self:
         """As in torch.nn.Module; the weights' part of the cache's keys is made again."""
@@ -233,7 +236,7 @@ class MervModel(nn.Module):
             asked = Counter(map(video_key, videos))
             memory: dict[str, int] = {}
             for start in range(0, len(prompts), batch_size):
-                timer = StageTimer(self.device)
+                timer = self._timer()
                 batch, asking = videos[start : start + batch_size], prompts[start : start + batch_size]
                 encoded = {key: value for key, value in encoded.items() if key in map(video_key, batch)}
                 self._encode_missing(batch, clip, decoder, windows, encoded, timer)
@@ -282,7 +285,9 @@ class MervModel(nn.Module):
         encoded: dict[Any, VisualTokens] = {}
         check_windows(windows)
         self._check_room([video], [""], windows, {})
-        self._encode_missing([video], clip, decoder, windows, encoded, StageTimer(self.device))
+        timer = self._timer()
+        self._encode_missing([video], clip, decoder, windows, encoded, timer)
+        self.last_memory = timer.peak_bytes
         visual = encoded[video_key(video)]
         if not prefill:
             return visual
@@ -294,6 +299,10 @@ class MervModel(nn.Module):
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         ids, _ = resize_placeholders(ids, mask, [len(visual.tokens)], video_id, pad_id)
         return replace(visual, prefix=prefill_prefixes(self.model, ids[0], {0: visual.tokens.to(self.device)})[0])
+
+    def _timer(self) -> StageTimer:
+        encoders = self.model.video_model.placement.devices.values()
+        return StageTimer(self.device, list(encoders), host_memory=self.host_memory)
 
     def _checked(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from merv_fast.runtime.peaks import PeakMemory
 from merv_fast.spans import nvtx_ranges, span
 
 __all__ = ["CallSpans", "StageTimer", "nvtx_ranges", "span"]
@@ -23,16 +24,17 @@ Name = str | Callable[[tuple[Any, ...], Mapping[str, Any]], str | None]
 class StageTimer:
     """Adds up the wall-clock time of named stages, waiting for the caller's stream at both ends of each.
 
-    Each stage is also a `span`. On a GPU its peak of memory is noted too, for which PyTorch's own count of the peak
+    Each stage is also a `span`. Its peak of memory on GPUs is noted too, for which PyTorch's own count of the peak
     (``torch.cuda.max_memory_allocated``) starts anew at each stage.
 
     Args:
         device: whose work, queued on the caller's stream, belongs to a stage.
+        others: GPUs whose memory counts beside that of ``device``.
+        host_memory: whether the memory of the process counts as well; on Linux.
 
     Attributes:
         milliseconds: of each stage.
-        peak_bytes: most bytes of tensors on the GPU at one time during each stage, those of other threads among them;
-            empty on a CPU, whose memory PyTorch does not count.
+        peak_bytes: `PeakMemory` of each stage, that of other threads among it; empty where nothing is counted.
 
     Example:
         >>> timer = StageTimer(torch.device("cpu"))
@@ -42,8 +44,9 @@ class StageTimer:
         ['decode']
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, others: Sequence[torch.device] = (), *, host_memory: bool = False) -> None:
         self.device = device
+        self._peak = PeakMemory([device, *others], host=host_memory)
         self.milliseconds: dict[str, float] = {}
         self.peak_bytes: dict[str, int] = {}
 
@@ -51,8 +54,7 @@ class StageTimer:
     def stage(self, name: str) -> Iterator[None]:
         """Time the block under ``name``, adding to what earlier blocks of that name took."""
         self._wait()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        self._peak.start()
         started = time.perf_counter()
         try:
             with span(name):
@@ -63,8 +65,7 @@ class StageTimer:
         finally:
             took = (time.perf_counter() - started) * 1e3
             self.milliseconds[name] = self.milliseconds.get(name, 0.0) + took
-            if self.device.type == "cuda":
-                peak = torch.cuda.max_memory_allocated(self.device)
+            if (peak := self._peak.read()) is not None:
                 self.peak_bytes[name] = max(peak, self.peak_bytes.get(name, 0))
 
     def _wait(self) -> None:

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import merv_fast
+from merv_fast.models.identity import model_identity
+from merv_fast.runtime.cache import VideoCache
 from tests.budgets import GOLDEN, relative_error
 
 
@@ -63,6 +65,23 @@ def test_what_was_compiled_is_as_before_without(video_model, inputs):
     got = video_model.encode(inputs)
     assert backend.graphs == 0
     assert all(torch.equal(a, b) for a, b in zip(got, right, strict=True))
+
+
+@pytest.mark.parametrize("keep", ["tokens", "features"])
+def test_what_compiled_encoders_make_is_kept_apart(video_model, keep):
+    cache = VideoCache(keep=keep)
+    found = [model_identity(video_model, cache)]
+    for names in ({"dinov2"}, {"siglip"}, True):
+        video_model.use_compile(names)
+        found.append(model_identity(video_model, cache))
+    video_model.use_compile(False)
+    torch.use_deterministic_algorithms(True)
+    try:
+        found.append(model_identity(video_model, cache))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(set(found)) == 5
+    assert model_identity(video_model, cache) == found[0]
 
 
 def test_no_such_encoder(video_model):

@@ -1,5 +1,7 @@
 """What explain says of prefixes, caches and memory, and how memory is measured, on a GPU that is played."""
 
+import sys
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ import merv_fast
 from merv_fast.models import merv_model
 from merv_fast.models.explanation import _between_calls
 from merv_fast.models.merv_model import MervModel
+from merv_fast.runtime import peaks
 from merv_fast.runtime.cache import VideoCache
 from merv_fast.runtime.trace import StageTimer
 from tests.models.test_merv_model import GREEDY, QUESTIONS, prompt
@@ -35,6 +38,14 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: calls.append("reset"))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", peak)
     return calls
+
+
+def test_the_budget_of_tokens(tiny):
+    each, positions = tiny.model.video_model.num_video_tokens, tiny.config.get_text_config().max_position_embeddings
+    found = row(tiny, "visual tokens")
+    assert found.runs == f"{each} a video, or a window of one"
+    (most,) = (int(word) for word, after in pairwise(found.why.split()) if after == "windows,")
+    assert most * each < positions <= (most + 1) * each
 
 
 def test_graphs(tiny):
@@ -76,7 +87,56 @@ def test_memory_of_a_cpu_is_not_measured(tiny, clips):
     tiny.generate(clips[2], prompt(tiny, QUESTIONS[0]), **GREEDY)
     assert tiny.last_memory == {}
     found = row(tiny, "peak memory")
-    assert (found.runs, found.why) == ("not measured", "PyTorch counts the memory of GPUs only")
+    assert (found.runs, found.why) == ("not measured", "of GPUs only, unless MervModel.host_memory is set")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own count")
+def test_memory_of_the_process(tiny, clips):
+    tiny.host_memory = True
+    try:
+        assert row(tiny, "peak memory").why == "neither answer nor encode was called yet"
+        tiny.encode(clips[2])
+        assert list(tiny.last_memory) == ["decode", "prepare", "encode", "fuse"]
+        tiny.generate(clips[2], prompt(tiny, QUESTIONS[0]), **GREEDY)
+        assert list(tiny.last_memory)[-1] == "generate"
+        found = row(tiny, "peak memory")
+        assert found.runs.startswith("decode ")
+        assert found.why.startswith("of the process")
+    finally:
+        tiny.host_memory, tiny.last_memory = False, {}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own count")
+def test_each_stage_of_a_process_has_its_own_peak():
+    timer = StageTimer(torch.device("cpu"), host_memory=True)
+    with timer.stage("small"):
+        pass
+    with timer.stage("large"):
+        torch.ones(1 << 28, dtype=torch.uint8)
+    with timer.stage("after"):
+        pass
+    before, most, after = (timer.peak_bytes[name] >> 20 for name in ("small", "large", "after"))
+    assert before + 200 < most < before + 400
+    assert after < most - 200
+
+
+def test_a_process_whose_peak_cannot_be_counted(monkeypatch, tmp_path):
+    monkeypatch.setattr(peaks, "PROCESS", tmp_path / "nothing")
+    timer = StageTimer(torch.device("cpu"), host_memory=True)
+    with timer.stage("decode"):
+        pass
+    assert timer.peak_bytes == {}
+
+
+def test_peaks_of_several_gpus_are_added(monkeypatch):
+    started = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", started.append)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda gpu: 1 << gpu.index)
+    gpus = [torch.device("cuda", index) for index in (0, 2, 0)]
+    memory = peaks.PeakMemory([*gpus, torch.device("cpu")])
+    memory.start()
+    assert started == gpus[:2]
+    assert memory.read() == 5
 
 
 def test_a_stage_counts_its_own_peak(gpu):
@@ -109,7 +169,7 @@ def test_the_most_of_each_stage_is_kept(tiny, clips, monkeypatch):
     peaks = iter([(5, 1), (3, 7), (2, 2)])
 
     class Played(StageTimer):
-        def __init__(self, device):
+        def __init__(self, device, others=(), *, host_memory=False):
             super().__init__(device)
             self.peak_bytes = {stage: peak << 20 for stage, peak in zip(("decode", "encode"), next(peaks), strict=True)}
 
@@ -133,4 +193,4 @@ def test_before_the_first_answer_nothing_is_known(tiny, monkeypatch):
     monkeypatch.setattr(MervModel, "device", property(lambda self: torch.device("cuda:0")))
     monkeypatch.setattr(tiny, "last_memory", {})
     _, found = _between_calls(tiny)
-    assert (found.runs, found.why) == ("not measured", "answer was not called yet")
+    assert (found.runs, found.why) == ("not measured", "neither answer nor encode was called yet")
