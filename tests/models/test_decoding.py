@@ -5,7 +5,7 @@ from threading import Thread
 
 import pytest
 import torch
-from transformers import GenerationConfig, TextIteratorStreamer, TextStreamer
+from transformers import CompileConfig, GenerationConfig, TextIteratorStreamer, TextStreamer
 
 import merv_fast
 from merv_fast.models.prefix import sharing_obstacle
@@ -153,6 +153,25 @@ def test_a_static_cache_answers_the_same(tiny, clips, prompts, prefills):
         assert tiny.generate(video, text, **more, **static) == expected
         # Every row from its start, with all its visual tokens.
         assert [rows for rows, length in prefills if length > SPLICED] == [3 if isinstance(text, list) else 1]
+
+
+def test_decoding_in_a_static_cache_compiles_to_one_graph(tiny, clips, prompts):
+    """As transformers does by itself on a GPU."""
+    graphs = []
+
+    def backend(module, example_inputs):
+        graphs.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    compiled = CompileConfig(backend=backend, mode=None, fullgraph=True)
+    compiled._compile_all_devices = True
+    static = {"cache_implementation": "static", "compile_config": compiled, **GREEDY}
+    visual = tiny.encode(clips[2])
+    for asked, count in ((prompts[:1], 1), (prompts[:1], 1), (prompts, 2)):
+        assert tiny.generate(visual, asked, **static) == tiny.generate(visual, asked, **GREEDY)
+        # All steps of a batch of one size.
+        assert len(graphs) == count
 
 
 def test_ragged_windows_in_a_static_cache(tiny, clips, prompts):
