@@ -54,6 +54,7 @@ class Results:
 
     rows: list[Row]
     memory: list[Memory]
+    precisions: list[dict[str, Any]]
     pairs: dict[str, dict[str, Any]]
     flops: dict[str, Any] | None
 
@@ -79,7 +80,7 @@ def read_results(folder: Path) -> Results:
     latest: dict[tuple[str, ...], Row] = {}
     for file in sorted(folder.rglob("*.csv")):
         latest |= read_latest(file)
-    memory, pairs, flops = [], {}, None
+    memory, precisions, pairs, flops = [], [], {}, None
     for file in sorted(folder.rglob("*.json")):
         try:
             found = json.loads(file.read_text())
@@ -88,11 +89,13 @@ def read_results(folder: Path) -> Results:
         if "peaks" in found:
             about = {name: found[name] for name in ("versions", "commit", "date")}
             memory.append(Memory(found["case"], found["device"], about, found["peaks"]))
+        elif "precisions" in found:
+            precisions.append(found)
         elif "projector" in found:
             flops = found
         elif "lines" in found:
             pairs[file.stem] = found
-    return Results(list(latest.values()), memory, pairs, flops)
+    return Results(list(latest.values()), memory, precisions, pairs, flops)
 
 
 class Waterfall(NamedTuple):

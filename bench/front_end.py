@@ -14,7 +14,7 @@ from bench.waterfall import TECHNIQUES, Steps, all_frames, build, model_sizes
 from merv_fast import MervModel, load_frames
 from merv_fast.models.video_model import MervVideoModel
 
-__all__ = ["FRONT_END", "SIDES", "entries"]
+__all__ = ["FAST", "FRONT_END", "PLAIN", "SIDES", "entries", "models", "tokens_of"]
 
 FRONT_END, FROM_FILE = "front end", "front end and decoding"
 SIDES = {"cpu": (240, 320), "cuda": (720, 1280)}

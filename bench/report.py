@@ -25,6 +25,7 @@ def page(results: Results, figures: str) -> str:
         ("Kernels and operators", "roofline", kernel_tables(results)),
         ("Speed against batch", "batches", batch_tables(results)),
         ("Memory", "memory", memory_tables(results)),
+        ("Precision", None, precision_tables(results)),
         ("Against Pillow, decord and one question at a time, on a CPU", None, pair_tables(results)),
         ("Operations and parameters", "flops" if results.flops else None, flops_tables(results)),
     ]
@@ -111,6 +112,28 @@ def memory_tables(results: Results) -> Iterator[str]:
         counts = list(memory.peaks_of(memory.ways()[0]))
         rows = [(way, *(f"{size / 2**20:.0f}" for size in memory.peaks_of(way).values())) for way in memory.ways()]
         yield table(["way", *(f"{count} videos >" for count in counts)], rows)
+
+
+def precision_tables(results: Results) -> Iterator[str]:
+    for found in results.precisions:
+        where = f"{found['device']}; {source(found['commit'], found['date'])}"
+        for case, outcomes in found["precisions"].items():
+            asked = outcomes[0]["right"] is not None
+            yield f"{case}; {where}. Errors against float32{', and answers that are right' if asked else ''}."
+            rows = [
+                (
+                    outcome["precision"],
+                    *(
+                        f"{error:.2g}"
+                        for error in (*outcome["features"].values(), outcome["shares"], outcome["tokens"])
+                    ),
+                    f"{outcome['milliseconds']:.1f}",
+                    *([str(outcome["right"])] if asked else []),
+                )
+                for outcome in outcomes
+            ]
+            names = [*outcomes[0]["features"], "shares", "tokens", "encoding, ms", *(["right"] if asked else [])]
+            yield table(["precision", *(f"{name} >" for name in names)], rows)
 
 
 def pair_tables(results: Results) -> Iterator[str]:

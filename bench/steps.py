@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from bench.cases import EAGER, MERV, OURS, Case, Setup, Way
 from bench.clip import FRAMES, no_cost, prompts
 from bench.comparison import Entry
-from bench.front_end import SIDES
-from bench.waterfall import TECHNIQUES, Steps, build, model_sizes
+from bench.encoders import GRAPHED
+from bench.front_end import FAST, PLAIN, SIDES, models, tokens_of
+from bench.waterfall import Steps, model_sizes
 from merv_fast import MervModel
 from merv_fast.models.requests import VisualTokens
+from merv_fast.models.video_model import MervVideoModel
 
 __all__ = ["FIRST_TOKEN", "entries"]
 
@@ -30,17 +32,23 @@ def first_token(setup: Setup) -> Case:
     name = f"{FIRST_TOKEN}, {height}p, {model_sizes(setup)}"
 
     def make() -> tuple:
-        return *build(setup), torch.randint(0, 256, (FRAMES, height, width, 3), dtype=torch.uint8)
+        frames = torch.randint(0, 256, (FRAMES, height, width, 3), dtype=torch.uint8)
+        return *models(setup, frames), frames
 
-    def step(vidlm: MervModel, wholes: nn.ModuleList, frames: Tensor, ours: bool) -> Tensor:
-        _, tokens = Steps(vidlm, wholes, frozenset(TECHNIQUES if ours else ())).encode(frames)
+    def step(vidlm: MervModel, tokens: Tensor) -> Tensor:
         vidlm.generate(VisualTokens(tokens, None), prompts(vidlm)[0], **GREEDY)
         return tokens
 
-    def ours(vidlm: MervModel, wholes: nn.ModuleList, frames: Tensor) -> Tensor:
-        return step(vidlm, wholes, frames, ours=True)
+    def ours(vidlm: MervModel, wholes: nn.ModuleList, graphed: None, frames: Tensor) -> Tensor:
+        return step(vidlm, Steps(vidlm, wholes, FAST).encode(frames)[1])
 
-    def theirs(vidlm: MervModel, wholes: nn.ModuleList, frames: Tensor) -> Tensor:
-        return step(vidlm, wholes, frames, ours=False)
+    def replayed(vidlm: MervModel, wholes: nn.ModuleList, graphed: MervVideoModel, frames: Tensor) -> Tensor:
+        return step(vidlm, tokens_of(graphed, frames))
 
-    return Case(name, 1, make, theirs, [Way(OURS, ours, [theirs]), Way(EAGER, theirs, [theirs])], no_cost)
+    def theirs(vidlm: MervModel, wholes: nn.ModuleList, graphed: None, frames: Tensor) -> Tensor:
+        return step(vidlm, Steps(vidlm, wholes, PLAIN).encode(frames)[1])
+
+    ways = [Way(OURS, ours, [theirs]), Way(EAGER, theirs, [theirs])]
+    if setup.device == "cuda":
+        ways.append(Way(GRAPHED, replayed, [theirs]))
+    return Case(name, 1, make, theirs, ways, no_cost)

@@ -1,8 +1,10 @@
 """Errors of precisions are in the order that they must have, and float32 has none."""
 
+import pytest
 import torch
 
 from bench import precision
+from merv_fast.assets import examples
 
 
 def test_each_precision(monkeypatch):
@@ -21,3 +23,13 @@ def test_each_precision(monkeypatch):
 def test_apart():
     x = torch.tensor([3.0, 4.0])
     assert abs(precision.apart(x * 1.1, x) - 0.1) < 1e-6
+
+
+def test_trained_weights(monkeypatch):
+    pytest.importorskip("av")
+    monkeypatch.setattr(precision, "take_turns", lambda ways, device, least: [[1.0, 2.0, 3.0]] * len(ways))
+    found = {outcome.precision: outcome for outcome in precision.measure_trained("cpu")}
+    assert list(found) == ["float32", *precision.PRECISIONS]
+    assert found["float32"].right == len(examples())
+    assert 0 == found["float32"].shares < found["float16"].shares < found["bfloat16"].shares < 0.05
+    assert all(0 < outcome.right <= len(examples()) for outcome in found.values())

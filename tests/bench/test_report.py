@@ -82,7 +82,7 @@ def test_without_a_gpu_it_says_so(folder):
     append(folder / "a.csv", everything("a CPU, 2 threads"))
     text, pictures = written(folder)
     assert f"**{NO_GPU}**" in text
-    assert text.count("Not measured.") == 3
+    assert text.count("Not measured.") == 4
     for picture in pictures:
         # Words only.
         assert 0 < ink(picture, (0.8, 1.0)) < 2000
@@ -90,7 +90,7 @@ def test_without_a_gpu_it_says_so(folder):
 
 def test_nothing_at_all(folder):
     text, _ = written(folder)
-    assert text.count("Not measured.") == 7
+    assert text.count("Not measured.") == 8
 
 
 def test_what_counts(folder):
@@ -124,6 +124,23 @@ def test_operations(folder):
     assert "| Cross-Attn | 17.00 | 17.5000 | +2.94 |" in text
     assert "| 2D Avg | 0 | 2,097,152 |" in text
     assert "](figures/flops.png)" in text
+
+
+def test_precisions(folder):
+    def outcome(precision, error, right):
+        features = {"dinov2": error, "siglip": 2 * error}
+        return {"precision": precision, "features": features, "shares": error, "tokens": error} | {
+            "milliseconds": 1.25,
+            "right": right,
+        }
+
+    about = {"device": GPU, "commit": "0123456789abcdef", "date": "2026-11-23T00:00:00+00:00"}
+    found = {"random": [outcome("fp8", 0.03, None)], "trained": [outcome("float16", 0.0012345, 11)]}
+    (folder / "precision.json").write_text(json.dumps(about | {"precisions": found}))
+    text, _ = written(folder)
+    assert "trained; NVIDIA H200; commit 0123456789ab, 2026-11-23. Errors against float32, and answers" in text
+    assert "| float16 | 0.0012 | 0.0025 | 0.0012 | 0.0012 | 1.2 | 11 |" in text
+    assert "| fp8 | 0.03 | 0.06 | 0.03 | 0.03 | 1.2 |\n" in text
 
 
 def test_a_file_that_is_none(folder):
