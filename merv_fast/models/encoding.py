@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext
 from functools import partial
 from typing import Any
 
@@ -107,7 +110,35 @@ class VideoEncoding:
 
     def _features(self, sources: Sequence[Source], timer: StageTimer) -> list[Tensor]:
         """E tensors [B, T_e, N_e, C_e]."""
-        return self._encode([self._prepare(self._frames(source, timer), timer) for source in sources], timer)
+        if len(sources) == 1:
+            return self._encode([self._prepare(self._frames(sources[0], timer), timer)], timer)
+        with closing(self._decoded_ahead(sources, timer)) as decoded:
+            inputs = [self._prepare(frames, timer) for frames in decoded]
+        return self._encode(inputs, timer)
+
+    def _decoded_ahead(self, sources: Sequence[Source], timer: StageTimer) -> Iterator[Tensor | None]:
+        """What `_decode` gives for each; a thread decodes the next two while the caller prepares one.
+
+        The stage ``decode`` is what the caller waits for. An error is raised in its turn.
+        """
+        device = self.model.device
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+        def decode(source: Source) -> Tensor | None:
+            # Copies to a GPU are in order with what the caller does there.
+            with nullcontext() if stream is None else torch.cuda.stream(stream):
+                return self._decode(source)
+
+        thread = ThreadPoolExecutor(1, "merv-decode")
+        try:
+            ahead = deque(thread.submit(decode, source) for source in sources[:2])
+            for source in (*sources[2:], None, None):
+                with timer.stage("decode"):
+                    frames = ahead.popleft().result()
+                ahead.append(thread.submit(decode, source))
+                yield frames
+        finally:
+            thread.shutdown(cancel_futures=True)
 
     def _prepare(self, frames: Tensor | None, timer: StageTimer) -> list[Tensor]:
         """E tensors [1, F_e, 3, S_e, S_e]."""
