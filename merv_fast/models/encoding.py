@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from functools import partial
@@ -116,7 +116,7 @@ class VideoEncoding:
             inputs = [self._prepare(frames, timer) for frames in decoded]
         return self._encode(inputs, timer)
 
-    def _decoded_ahead(self, sources: Sequence[Source], timer: StageTimer) -> Iterator[Tensor | None]:
+    def _decoded_ahead(self, sources: Sequence[Source], timer: StageTimer) -> Generator[Tensor | None]:
         """What `_decode` gives for each; a thread decodes the next two while the caller prepares one.
 
         The stage ``decode`` is what the caller waits for. An error is raised in its turn.

@@ -10,6 +10,7 @@ from merv_fast.models.merv_model import MervModel
 from merv_fast.models.modeling import MervForConditionalGeneration
 from merv_fast.models.prefix import sharing_obstacle
 from merv_fast.models.video_model import MervVideoModel
+from merv_fast.modules import attention_choices
 from merv_fast.runtime.placement import bytes_copied
 
 __all__ = ["Choice", "Explanation", "explain"]
@@ -62,7 +63,8 @@ def _choices(model: Any) -> Iterator[Choice]:
         size = f"{config.num_frames} frames -> {config.slots} slots x {config.tokens_per_slot} tokens x {config.width}"
         compiled = ", compiled" if name in video.compiled else ""
         runs, its = f"{blocks}attention: {video.attention[name]}{compiled}", f"{placement.devices[name]}, {dtype}"
-        yield Choice(f"encoder {name}", runs, its, size)
+        measured = [str(choice) for choice in attention_choices(video.encoders[name]) if choice.milliseconds]
+        yield Choice(f"encoder {name}", runs, its, "; ".join([size, *measured]))
     devices = sorted({str(device) for device in placement.devices.values()})
     runs = "side by side, a stream each" if any("cuda" in device for device in devices) else "one after another"
     size = f"{video.videos_at_once()} videos at a time, about {video.bytes_per_video() / 2**20:.0f} MiB each"

@@ -107,7 +107,10 @@ class MervPreTrainedModel(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, Any], **kwargs: Any) -> None:
-        """As in transformers; what is given for ``<name>_config`` goes to ``MervVideoModel.set_attention``."""
+        """As in transformers; what is given for ``<name>_config`` goes to ``MervVideoModel.set_attention``.
+
+        A name that is not among transformers' own can only be given so, part by part.
+        """
         video, given = self.base_model, attn_implementation
         if isinstance(given, str):
             given = {"": given} | dict.fromkeys(self.config.sub_configs, given)
@@ -143,6 +146,8 @@ class MervVideoModel(MervPreTrainedModel):
             backend = getattr(config, f"{name}_config")._attn_implementation
             # Weights may yet be moved and cast: the first call tells whether it serves.
             set_attention(encoder, backend or "sdpa", placed=False)
+            if backend is not None:
+                getattr(config, f"{name}_config")._attn_implementation = attention_of(encoder)
         resampled = Architecture.parse(config.arch_specifier).resampler != "none"
         projectors = [
             build_projector(
@@ -166,6 +171,7 @@ class MervVideoModel(MervPreTrainedModel):
         self.num_video_tokens = self.tail.output_tokens
         self.concurrent = ConcurrentEncoders(self.encoders)
         self.encode_budget: int | None = None
+        self._warned_of: int | None = -1
         self._placed: Placement | None = None
         self.post_init()
 
@@ -178,16 +184,18 @@ class MervVideoModel(MervPreTrainedModel):
         """Choose what computes the attention of all encoders, or of those that are named: ``{"dinov2": "xformers"}``.
 
         The choices are those of `merv_fast.modules.set_attention`, for the device and dtype that the model has now. If
-        one does not serve, none is changed.
+        one does not serve, none is changed. Of ``fastest`` and ``flash_attention`` ``attention`` and the configuration
+        say for each encoder what it was decided to be.
 
         Raises:
             ValueError: no such backend or encoder, or a device, dtype or head size that does not fit.
             ImportError: the package of the backend is missing.
-            RuntimeError: the backend failed at a small attention here, or computed it wrongly.
+            RuntimeError: the backend failed at a small attention here, or computed it wrongly; or ``fastest`` was asked
+                for while a CUDA graph is captured.
         """
         for name, choice in self._choices(backend).items():
             set_attention(self.encoders[name], choice)
-            getattr(self.config, f"{name}_config")._attn_implementation = choice
+            getattr(self.config, f"{name}_config")._attn_implementation = attention_of(self.encoders[name])
 
     def _choices(self, backend: str | Mapping[str, str]) -> dict[str, str]:
         """The choice for each encoder that `set_attention` would make; raises what it would raise."""
@@ -314,11 +322,21 @@ class MervVideoModel(MervPreTrainedModel):
 
     def videos_at_once(self) -> int:
         """How many videos ``encode_budget`` has room for on every device, at least 1."""
+        return max(1, self._room())
+
+    def _room(self) -> int:
+        """How many there is room for; if it is none, a warning says so once for each budget."""
         together: dict[torch.device, list[str]] = {}
         for name, device in self.placement.devices.items():
             together.setdefault(device, []).append(name)
-        rooms = [self._budget(device) // self.bytes_per_video(names) for device, names in together.items()]
-        return max(1, min(rooms))
+        needs = {device: self.bytes_per_video(names) for device, names in together.items()}
+        room = min(self._budget(device) // need for device, need in needs.items())
+        if not room and self._warned_of != self.encode_budget:
+            self._warned_of = self.encode_budget
+            need, budget = (n / 2**20 for n in (max(needs.values()), min(map(self._budget, needs))))
+            rule = "encode_budget should be at least the %.1f MiB that one video takes, got %.1f MiB"
+            logger.warning(f"{rule}: videos are encoded one at a time", need, budget)
+        return room
 
     def _budget(self, device: torch.device) -> int:
         if self.encode_budget is not None:

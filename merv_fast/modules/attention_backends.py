@@ -202,25 +202,43 @@ def check_limits(name: str, head_size: int, device: torch.device | None, dtype: 
 
 @lru_cache(maxsize=256)
 def fault(attend: Attend, head_size: int, device: torch.device, dtype: torch.dtype) -> str | None:
-    """What is wrong with what a function computes for strided heads, or None.
+    """What is wrong with what a function computes for a few strided heads, or None."""
+    rows, tokens, heads = 2, 67, 3
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        packed = numbers(rows * tokens * 3 * heads * head_size, device, dtype).view(rows, tokens, 3, heads, head_size)
+        return discrepancy(attend, *packed.permute(2, 0, 3, 1, 4))
+
+
+def numbers(count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """So many between -1 and 1, always the same, of which only every 9973rd comes again."""
+    period = torch.arange(9973, device=device, dtype=torch.float64).sin().to(dtype)
+    return period.repeat(-(-count // len(period)))[:count]
+
+
+def discrepancy(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """What is wrong with what a function computes, or None; of many rows and queries some are compared.
 
     Its error may be twice that of ``eager`` in the same dtype and one rounding step, and what sums may differ by.
     """
-    rows, tokens, heads = 2, 67, 3
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        count = torch.arange(rows * tokens * 3 * heads * head_size, device=device, dtype=torch.float64)
-        packed = (count % 9973).sin().view(rows, tokens, 3, heads, head_size).to(dtype).permute(2, 0, 3, 1, 4)
-        exact, low = eager(*packed.double()), eager(*packed)
-        try:
-            error = (attend(*packed).double() - exact).abs().max().item()
-        except Exception as caught:  # whatever a package raises
-            return f"{type(caught).__name__}: {caught}"
+    rows, queries = (some(count, most, q.device) for count, most in ((q.shape[0], 8), (q.shape[-2], 128)))
+    try:
+        got = attend(q, k, v)[rows][..., queries, :]
+    except Exception as caught:  # whatever a package raises
+        return f"{type(caught).__name__}: {caught}"
+    dtype, q, k, v = q.dtype, q[rows][..., queries, :], k[rows], v[rows]
+    exact, low = eager(q.double(), k.double(), v.double()), eager(q, k, v)
+    error = (got - exact).abs().max().item()
     # One rounding of the result, and sums over channels and tokens in any order in at least float32.
     wide = torch.promote_types(dtype, torch.float32)
-    steps = 2 * torch.finfo(dtype).eps + (head_size + tokens) * torch.finfo(wide).eps
+    steps = 2 * torch.finfo(dtype).eps + (q.shape[-1] + k.shape[-2]) * torch.finfo(wide).eps
     budget = 2 * (low.double() - exact).abs().max().item() + steps * exact.abs().max().item()
     # NaN is not within any budget.
     return None if error <= budget else f"an error of {error:.3g}, budget {budget:.3g}"
+
+
+def some(count: int, most: int, device: torch.device) -> Tensor:
+    """Up to ``most`` of ``count`` indices, evenly, with the first and the last."""
+    return torch.linspace(0, count - 1, min(count, most), device=device, dtype=torch.float64).round().long()
 
 
 @cache

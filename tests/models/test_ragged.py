@@ -10,7 +10,24 @@ from hypothesis import strategies as st
 from tests.models.test_merv_model import prompt
 
 GREEDY = {"do_sample": False, "max_new_tokens": 5}
-WORDS = "Which way does the red ball move and how many shapes are there at the end of it all".split()
+WORDS = (
+    "Which",
+    "way",
+    "does",
+    "the",
+    "red",
+    "ball",
+    "move",
+    "and",
+    "how",
+    "many",
+    "shapes",
+    "are",
+    "there",
+    "at",
+    "the",
+    "end",
+)
 
 
 @pytest.fixture(scope="module")

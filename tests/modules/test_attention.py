@@ -1,15 +1,18 @@
 import copy
 import pickle
 import sys
+from dataclasses import replace
 from importlib import metadata
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from merv_fast.encoders import build_encoder
 from merv_fast.modules.attention import (
     HeadAttention,
     attention,
+    attention_choices,
     attention_of,
     attention_versions,
     check_attention,
@@ -17,6 +20,7 @@ from merv_fast.modules.attention import (
 )
 from merv_fast.modules.attention_backends import BACKENDS, backend_version, check_backend, fault, load_backend
 from tests.budgets import FLOAT64, low_precision, relative_error
+from tests.encoders.small_encoders import SMALL
 from tests.modules.attention_packages import MODULES, VARIANTS, definition, install, remove
 
 ON_CPU = ["eager", "sdpa", "sdpa_flash"]
@@ -260,6 +264,8 @@ def test_a_choice_is_for_all_parts_or_none():
     module = nn.Sequential(nn.Linear(2, 2), HeadAttention(16), HeadAttention(12))
     with pytest.raises(ValueError, match=r"head size of sdpa_flash .*, got 12"):
         set_attention(module, "sdpa_flash")
+    with pytest.raises(ValueError, match=r"head size of sdpa_flash .*, got 20"):
+        set_attention(nn.Sequential(HeadAttention(16), HeadAttention(20)), "sdpa_flash")
     assert attention_of(module) == "sdpa"
     set_attention(module, "eager")
     assert [part.backend for part in module[1:]] == ["eager", "eager"]
@@ -357,6 +363,30 @@ def test_on_a_gpu(device, backend):
             compiled = torch.compile(chosen(backend, d), fullgraph=fullgraph, backend="aot_eager")
             for one, rough, right in zip(run_both_ways(compiled, qkv, weight, shape), low, exact, strict=True):
                 assert (one.double() - right).abs().max().item() <= low_precision(rough, right), shape
+
+
+@torch.no_grad()
+def test_the_fastest_on_a_gpu(device):
+    if device == "cpu":
+        pytest.skip("needs a GPU")
+    for config in SMALL.values():
+        encoder = build_encoder(replace(config, heads=3)).eval().to(device, torch.bfloat16)
+        set_attention(encoder, "fastest")
+        (choice,) = attention_choices(encoder)
+        here = {name for name in BACKENDS if loadable(name)} - {"eager", "sdpa_cudnn"}
+        assert here <= choice.milliseconds.keys() | choice.left_out.keys()
+        assert {"sdpa", "sdpa_flash", "sdpa_efficient"} <= choice.milliseconds.keys(), choice.left_out
+        assert all(0 < ms < 100 for ms in choice.milliseconds.values()), choice
+        assert choice.where == f"{torch.cuda.get_device_name()}, bfloat16"
+        assert attention_of(encoder) == choice.name
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        graph.capture_begin()
+        try:
+            with pytest.raises(RuntimeError, match="chosen before a CUDA graph is captured"):
+                set_attention(encoder, "fastest")
+        finally:
+            graph.capture_end()
 
 
 def run_both_ways(attend, qkv: Tensor, weight: Tensor, shape: str) -> tuple[Tensor, Tensor]:
