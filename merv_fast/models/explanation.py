@@ -71,7 +71,9 @@ def _choices(model: Any) -> Iterator[Choice]:
     if devices != [str(video.device)]:
         copied = bytes_copied(video.encoder_configs, placement, video.dtype.itemsize) / 2**20
         size += f", {copied:.0f} MiB of each between devices"
-    yield Choice("encoders", runs, f"{', '.join(devices)}, {dtype}", f"{size}; {placement.reason}")
+    tried = ", ".join(f"{name} {milliseconds:.1f} ms" for name, milliseconds in video.ways.items())
+    why = f"{size}; {placement.reason}{f'; measured for one video: {tried}' if tried else ''}"
+    yield Choice("encoders", runs, f"{', '.join(devices)}, {dtype}", why)
     for part, op, reason in video.tail.plan:
         yield Choice(part, op, where, reason)
     yield _graphs(video, where)

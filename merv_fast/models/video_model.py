@@ -131,6 +131,7 @@ class MervVideoModel(MervPreTrainedModel):
 
     Attributes:
         concurrent: runs the encoders; on a GPU side by side.
+        ways: milliseconds of the ways to run them that `use_fastest` has tried, that which it chose first.
         encode_budget: bytes that encoding may take on each device beside weights and results, from which follows how
             many videos are encoded at a time. None is a quarter of a GPU's memory, and 4 GiB on a CPU.
     """
@@ -170,6 +171,7 @@ class MervVideoModel(MervPreTrainedModel):
         self.tail = Tail(projectors, fusion)
         self.num_video_tokens = self.tail.output_tokens
         self.concurrent = ConcurrentEncoders(self.encoders)
+        self.ways: Mapping[str, float] = {}
         self.encode_budget: int | None = None
         self._warned_of: int | None = -1
         self._placed: Placement | None = None
