@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Everything there is to run on a GPU, in under 9 minutes: bash bench/gpu_suite.sh [FOLDER]
+# Everything there is to run on a GPU, in under 8 minutes where stages keep their limits: bash bench/gpu_suite.sh [FOLDER]
 #
 # Tests with no skip allowed, compute-sanitizer over every kernel, bench.kernels, bench.attention, bench.memory,
 # bench.precision, and the rest of `pytest bench/ --benchmark`; with TUNE=1 also bench.tune (2 minutes, taken from those
-# two), with TUNE=write its choices are written into the kernels' sources. Logs and results go to FOLDER, or $OUT, or
-# bench/results/<date>; a summary of at most 40 lines comes last. A stage that fails does not stop the others; the exit
-# code is 1 if one did. PYTHON is the interpreter, MERV_FAST_COMMIT the commit where there is no git.
+# two), with TUNE=write its choices are written into the kernels' sources, of which copies are left too. Logs and results
+# go to FOLDER, or $OUT, or bench/results/<date>, with PACK=1 in one archive beside the summary of at most 40 lines that
+# comes last. A stage that fails does not stop the others; the exit code is 1 if one did. PYTHON is the interpreter,
+# MERV_FAST_COMMIT the commit where there is no git.
 #
 # Runs from a bare checkout, nothing installed, with Python 3.12, torch 2.11, triton 3.6, transformers 5.17 (or newer),
 # numpy, safetensors, rich, pillow, hypothesis, pytest, pytest-benchmark, pytest-timeout and pytest-xdist. Wheels that
@@ -57,7 +58,9 @@ stage build 120 "$PYTHON" csrc/build.py
 stage tests-csrc 120 bash -c 'pytest -n 4 --dist worksteal tests/csrc' &
 stage tests-runtime 120 bash -c 'pytest tests/runtime/test_graphs.py tests/runtime/test_concurrent.py \
     tests/modules/test_fp8.py tests/modules/test_attention.py tests/integrations/swaps/test_on_gpu.py &&
-    pytest tests/models/test_front_end_graphs.py -k on_a_gpu' &
+    pytest tests/models/test_front_end_graphs.py tests/encoders/test_encoder_attention.py tests/test_versions.py \
+        -k "on_a_gpu or of_a_gpu"' &
+stage tests-training 120 bash -c 'pytest -m slow tests/kernels' &
 # Compiles what the sanitizer is to see, so that it sees no compiler.
 stage launches 120 "$PYTHON" -m bench.sanitize
 SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer /opt/nvidia/*/compute-sanitizer 2>/dev/null | head -1)
@@ -73,8 +76,8 @@ fi
 wait
 
 # Alone on the GPU from here on. Each stage begins no case that could outlast its limit.
-END=520
-[ -z "${TUNE:-}" ] || END=380
+END=450
+[ -z "${TUNE:-}" ] || END=310
 LEFT=$(clamp $(((END - SECONDS) / 2)) 60 200)
 stage kernels "$LEFT" "$PYTHON" -m bench.kernels --json "$OUT/kernels.json" --seconds $((LEFT - 30))
 stage attention 60 "$PYTHON" -m bench.attention --json "$OUT/attention.json"
@@ -86,11 +89,19 @@ stage bench "$LEFT" bash -c 'pytest bench/ --ignore=bench/test_ops.py --benchmar
     --append "$OUT/bench.csv" --benchmark-json "$OUT/benchmark.json"' $((LEFT - 40))
 case ${TUNE:-} in
     1) stage tune 140 "$PYTHON" -m bench.tune --seconds 110 ;;
-    write) stage tune 140 "$PYTHON" -m bench.tune --seconds 110 --write ;;
+    write)
+        stage tune 140 "$PYTHON" -m bench.tune --seconds 110 --write
+        mkdir -p "$OUT/tuned" && cp merv_fast/kernels/*.py "$OUT/tuned"
+        ;;
 esac
 
 "$PYTHON" -m bench.summary "$OUT" >"$OUT/summary.txt"
 CODE=$?
 cat "$OUT/summary.txt"
+if [ -n "${PACK:-}" ]; then
+    PACKED=$(mktemp)
+    tar czf "$PACKED" -C "$OUT" --exclude=./summary.txt . && find "$OUT" -mindepth 1 ! -name summary.txt -delete &&
+        mv "$PACKED" "$OUT/everything.tar.gz"
+fi
 echo "everything: $OUT, $SECONDS s"
 exit $CODE

@@ -58,9 +58,21 @@ void fuse(const std::vector<Tensor>& values, const Tensor& query, const Tensor& 
 }
 
 std::tuple<Tensor, Tensor> fuse_encoders(std::vector<Tensor> values, Tensor query, Tensor bias) {
+  STD_TORCH_CHECK(!values.empty() && values.size() <= kMostEncoders, "fuse_encoders: values must be 1 to ",
+                  kMostEncoders, " tensors, got ", values.size());
   int64_t S = 1;
-  for (Tensor& value : values) {
+  for (const Tensor& value : values) {
+    STD_TORCH_CHECK(value.dim() == 3 && value.size(0) == values[0].size(0) && value.size(2) == values[0].size(2) &&
+                        value.scalar_type() == query.scalar_type(),
+                    "fuse_encoders: values must be [B, S, D] of the dtype of query");
     S = std::max(S, value.size(1));
+  }
+  STD_TORCH_CHECK(query.dim() == 1 && query.size(0) == values[0].size(2) && bias.dim() == 1 &&
+                      bias.size(0) == static_cast<int64_t>(values.size()) &&
+                      bias.scalar_type() == query.scalar_type(),
+                  "fuse_encoders: query must be [D] and bias [E], of one dtype");
+  for (Tensor& value : values) {
+    STD_TORCH_CHECK(value.size(1) == 1 || value.size(1) == S, "fuse_encoders: values must have S tokens, or one");
     if (value.stride(2) != 1) value = torch::stable::contiguous(value);
   }
   const int64_t B = values[0].size(0), D = values[0].size(2), E = static_cast<int64_t>(values.size());

@@ -13,6 +13,12 @@ namespace {
 using torch::stable::Tensor;
 
 Tensor pool_tokens(Tensor input, std::vector<int64_t> grid, std::vector<int64_t> out_grid, int64_t out_slots) {
+  STD_TORCH_CHECK(input.dim() == 4 && grid.size() == 2 && out_grid.size() == 2,
+                  "pool_tokens: x must be [B, T, N, C], grid and out_grid two numbers");
+  STD_TORCH_CHECK(grid[0] >= 1 && grid[1] >= 1 && grid[0] * grid[1] == input.size(2),
+                  "pool_tokens: grid must multiply to N");
+  STD_TORCH_CHECK(out_grid[0] >= 1 && out_grid[1] >= 1 && out_slots >= 1,
+                  "pool_tokens: out_grid and out_slots must be positive");
   const Tensor x = input.stride(3) == 1 ? input : torch::stable::contiguous(input);
   const PoolShape s{x.size(0),   x.size(1),   grid[0],     grid[1],     x.size(3),  out_slots,
                     out_grid[0], out_grid[1], x.stride(0), x.stride(1), x.stride(2)};

@@ -11,6 +11,7 @@ namespace merv_fast {
 namespace {
 
 Tensor resample_frames(Tensor input, std::vector<int64_t> size, std::string method) {
+  check_frames(input, size, method);
   const Frames frames(input);
   const int64_t h = size[0], w = size[1];
   Tensor output = torch::stable::new_empty(input, frames.with_shape(h, w, frames.C));
@@ -44,6 +45,7 @@ void look_up(const Plane& plane, int64_t frame, const uint8_t* bytes, int64_t pi
 
 std::vector<Tensor> resample_normalise(Tensor input, std::vector<int64_t> size, std::string method,
                                        std::vector<int64_t> crop, std::vector<Tensor> levels) {
+  check_levels(input, size, method, crop, levels);
   const Frames frames(input);
   const Crop part{crop[0], crop[1], crop[2], crop[3]};
   const int64_t pixels = part.rows * part.columns, C = frames.C;

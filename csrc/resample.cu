@@ -115,9 +115,8 @@ std::shared_ptr<const Resize> resize_for(const Frames& frames, int64_t h, int64_
 // A tensor whose frames lie at one distance from each other, their pixels without gaps.
 Tensor evenly_spaced(const Tensor& input) {
   const Frames frames(input);
-  bool even = frames.channel_stride == 1 && frames.column_stride == frames.C;
-  for (size_t d = 0; d + 1 < frames.lead.size(); ++d)
-    even = even && (frames.lead[d] == 1 || frames.lead_strides[d] == frames.lead[d + 1] * frames.lead_strides[d + 1]);
+  int64_t stride;
+  const bool even = frames.channel_stride == 1 && frames.column_stride == frames.C && frames.evenly_spaced(stride);
   return even ? input : torch::stable::contiguous(input);
 }
 
@@ -150,13 +149,15 @@ void run(const Tensor& input, const std::vector<int64_t>& size, const std::strin
   Queue queue(input, level_size);
   const std::lock_guard<std::mutex> lock(turn());
   const auto found = resize_for(frames, size[0], size[1], filter_of(method), crop, input.device(), queue.stream);
-  const int64_t frame_stride = frames.lead.empty() ? 0 : frames.lead_strides.back();
+  int64_t frame_stride;
+  STD_TORCH_CHECK(frames.evenly_spaced(frame_stride), "merv_fast: frames must be evenly spaced");
   resize(found->plan, found->tables, {frames.data, frames.count, frame_stride, frames.row_stride, frames.W, frames.C},
          out, last, queue);
   if (!is_captured(queue.stream)) note_reader(input.get_device_index(), queue.stream);
 }
 
 Tensor resample_frames(Tensor input, std::vector<int64_t> size, std::string method) {
+  check_frames(input, size, method);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   input = evenly_spaced(input);
   const Frames frames(input);
@@ -168,6 +169,7 @@ Tensor resample_frames(Tensor input, std::vector<int64_t> size, std::string meth
 
 std::vector<Tensor> resample_normalise(Tensor input, std::vector<int64_t> size, std::string method,
                                        std::vector<int64_t> crop, std::vector<Tensor> levels) {
+  check_levels(input, size, method, crop, levels);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   input = evenly_spaced(input);
   const Frames frames(input);

@@ -15,7 +15,8 @@ class Versions:
     PyTorch counts every in-place write to a tensor, an optimiser's step and ``load_state_dict`` among them. It
     does not count writes through ``tensor.data``, and counts none for tensors made in inference mode: with one
     of those, or one of a subclass, the state is never the same again. Nor is it while a CUDA graph is captured:
-    what is computed then has no value yet.
+    what is computed then has no value yet, and what was computed before may be gone when the graph is replayed.
+    Nor on another CUDA stream, which has not waited for what was computed.
 
     >>> import torch
     >>> weight = torch.ones(2)
@@ -29,17 +30,29 @@ class Versions:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = [ref(tensor) for tensor in tensors]
-        capturing = torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing()
-        self.counts = None if capturing else _counts(tensors)
+        self.counts = None if _capturing() else _counts(tensors)
+        self.stream = _stream(tensors)
 
     def same(self, tensors: Sequence[Tensor]) -> bool:
         """Whether ``tensors`` are those, in the same memory, and have not been written to since."""
         return (
             self.counts is not None
+            and not _capturing()
+            and self.stream == _stream(tensors)
             and len(tensors) == len(self.tensors)
             and all(mine() is tensor for mine, tensor in zip(self.tensors, tensors, strict=True))
             and self.counts == _counts(tensors)
         )
+
+
+def _capturing() -> bool:
+    return torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing()
+
+
+def _stream(tensors: Sequence[Tensor]) -> int | None:
+    """The stream on which work with the tensors is done now; None on a CPU."""
+    gpu = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
+    return None if gpu is None else torch.cuda.current_stream(gpu).cuda_stream
 
 
 def _counts(tensors: Sequence[Tensor]) -> list[tuple[int, int]] | None:

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+import merv_fast.versions
 from merv_fast.versions import Versions
 
 
@@ -50,5 +51,28 @@ def test_nothing_is_kept_of_a_captured_graph(monkeypatch):
     before = Versions([tensor])
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not Versions([tensor]).same([tensor])
+    during = Versions([tensor])
+    # What the graph would read could be freed before it is replayed.
+    assert not before.same([tensor])
+    monkeypatch.undo()
     assert before.same([tensor])
+    assert not during.same([tensor])
+
+
+def test_each_stream_has_its_own(monkeypatch):
+    now = [1]
+    monkeypatch.setattr(merv_fast.versions, "_stream", lambda tensors: now[0])
+    tensor = torch.zeros(3)
+    versions = Versions([tensor])
+    assert versions.same([tensor])
+    now[0] = 2
+    assert not versions.same([tensor])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_streams_of_a_gpu():
+    tensor = torch.zeros(3, device="cuda")
+    versions = Versions([tensor])
+    assert versions.same([tensor])
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert not versions.same([tensor])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
@@ -117,7 +116,7 @@ class VideoEncoding:
         return self._encode(inputs, timer)
 
     def _decoded_ahead(self, sources: Sequence[Source], timer: StageTimer) -> Generator[Tensor | None]:
-        """What `_decode` gives for each; a thread decodes the next two while the caller prepares one.
+        """What `_decode` gives for each; a thread decodes the next while the caller prepares one.
 
         The stage ``decode`` is what the caller waits for. An error is raised in its turn.
         """
@@ -131,11 +130,11 @@ class VideoEncoding:
 
         thread = ThreadPoolExecutor(1, "merv-decode")
         try:
-            ahead = deque(thread.submit(decode, source) for source in sources[:2])
-            for source in (*sources[2:], None, None):
+            ahead = thread.submit(decode, sources[0])
+            for source in (*sources[1:], None):
                 with timer.stage("decode"):
-                    frames = ahead.popleft().result()
-                ahead.append(thread.submit(decode, source))
+                    frames = ahead.result()
+                ahead = thread.submit(decode, source)
                 yield frames
         finally:
             thread.shutdown(cancel_futures=True)

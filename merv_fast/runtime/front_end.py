@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from merv_fast.modules.weighing import WeighingFusion
 from merv_fast.runtime.concurrent import ConcurrentEncoders
 from merv_fast.runtime.graphs import CUDA_GRAPHS, GraphedCall, GraphPool, Graphs, remember
 
@@ -65,12 +64,6 @@ class FrontEndGraphs:
             captured.lanes, captured.costs = concurrent.lanes, concurrent.costs
             return captured(inputs)
 
-        def forget() -> None:
-            """Let a capture fold the query, so that replays do it with the weights of their time."""
-            for part in tail.modules():
-                if isinstance(part, WeighingFusion):
-                    part.train(part.training)
-
         def whole(inputs: list[Tensor]) -> Any:
             (frames,) = inputs
             return tail(encode(prepare(frames, dtype_of(encoders, tail))))
@@ -79,12 +72,11 @@ class FrontEndGraphs:
         self._meeting = Lock()
         self.pool = GraphPool(max_bytes, graphs)
         self.encode = GraphedCall(encode, encoders, plain=concurrent, max_graphs=max_graphs, pool=self.pool)
-        self.fuse = GraphedCall(tail, tail, refresh=forget, max_graphs=max_graphs, pool=self.pool)
+        self.fuse = GraphedCall(tail, tail, max_graphs=max_graphs, pool=self.pool)
         self.whole = GraphedCall(
             whole,
             held_together([encoders, tail]),
             plain=lambda inputs: None,
-            refresh=forget,
             max_graphs=max_graphs,
             pool=self.pool,
         )

@@ -226,7 +226,6 @@ class GraphedCall:
         call: from a list of tensors to tensors, however nested. It must read no tensors but those and the module's.
         module: whose weights and settings it uses.
         plain: what runs where no graph does, in the streams of the caller; ``call`` if not given.
-        refresh: called before each capture; makes ``call`` forget what it keeps of the weights between calls.
         max_graphs: shapes that are kept; the least recently used one is dropped for another that comes more often.
         pool: memory to share with other calls.
         graphs: what captures and replays, if no ``pool`` is given; for tests.
@@ -256,14 +255,13 @@ class GraphedCall:
         module: nn.Module,
         *,
         plain: Callable[[list[Tensor]], Any] | None = None,
-        refresh: Callable[[], None] = lambda: None,
         max_graphs: int = 4,
         pool: GraphPool | None = None,
         graphs: Graphs = CUDA_GRAPHS,
     ) -> None:
         if max_graphs < 1:
             raise ValueError(f"GraphedCall: max_graphs must be at least 1, got {max_graphs}")
-        self.call, self.module, self.plain, self.refresh = call, module, plain or call, refresh
+        self.call, self.module, self.plain = call, module, plain or call
         self.max_graphs = max_graphs
         self.pool = GraphPool(graphs=graphs) if pool is None else pool
         self.graphs = self.pool.graphs
@@ -420,7 +418,6 @@ class GraphedCall:
                     for _ in range(WARM_UPS):
                         self.call(list(buffers))
                     graphs.synchronise(device)
-                    self.refresh()
                     try:
                         graph, outputs, grown = self.pool.capture(lambda: self.call(list(buffers)), device)
                     except Exception as error:  # whatever a module or CUDA raises

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ STAGES = [
     "build",
     "tests-csrc",
     "tests-runtime",
+    "tests-training",
     "launches",
     "kernels",
     "attention",
@@ -74,6 +76,21 @@ def test_one_that_fails_stops_no_other(tmp_path, what, stage):
 def test_tuning_is_asked_for(tmp_path):
     run(tmp_path, TUNE="1")
     assert stages(tmp_path)["tune"] == "0"
+
+
+def test_what_tuning_wrote_is_left(tmp_path):
+    run(tmp_path, TUNE="write")
+    assert (tmp_path / "found" / "tuned" / "_gemm.py").read_text().startswith('"""')
+
+
+def test_all_in_one_archive(tmp_path):
+    done = run(tmp_path, PACK="1")
+    found = tmp_path / "found"
+    assert {file.name for file in found.iterdir()} == {"summary.txt", "everything.tar.gz"}
+    with tarfile.open(found / "everything.tar.gz") as archive:
+        names = set(archive.getnames())
+    assert {f"./{name}.log" for name in STAGES} | {"./stages.txt"} <= names
+    assert (found / "summary.txt").read_text() in done.stdout
 
 
 def test_no_gpu(tmp_path):

@@ -188,6 +188,56 @@ def test_the_gpu_gives_the_bits_of_the_cpu(shape, size, method):
             assert torch.equal(one.cpu(), other)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_gpu_reads_frames_of_any_leading_dimensions():
+    x = torch.randint(0, 256, (2, 3, 5, 20, 24, 3), dtype=torch.uint8)
+    for view in (x[:, :1, :3], x[:, :2], x[::2], x[:, :, ::2], x[:, :1], x.transpose(0, 1), x[0, 0, 0]):
+        on_gpu = x.to("cuda").as_strided(view.shape, view.stride())
+        expected = resample_frames(view, (9, 30), "bicubic")
+        assert torch.equal(resample_frames(on_gpu, (9, 30), "bicubic").cpu(), expected)
+
+
+BYTES = torch.zeros(2, 4, 5, 3, dtype=torch.uint8)
+TABLE = torch.zeros(3, 256)
+VALUES, QUERY, BIAS = [torch.zeros(1, 2, 8)] * 2, torch.zeros(8), torch.zeros(2)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("op", "arguments"),
+    [
+        ("pool_tokens", (torch.zeros(1, 1, 4, 8), [20000, 20000], [1, 1], 1)),
+        ("pool_tokens", (torch.zeros(1, 1, 4, 8), [2, 2], [0, 1], 1)),
+        ("pool_tokens", (torch.zeros(1, 1, 4, 8), [2, 2], [1, 1], 0)),
+        ("pool_tokens", (torch.zeros(1, 4, 8), [2, 2], [1, 1], 1)),
+        ("pool_tokens", (torch.zeros(1, 1, 4, 8, dtype=torch.int32), [2, 2], [1, 1], 1)),
+        ("fuse_encoders", ([], QUERY, BIAS)),
+        ("fuse_encoders", (VALUES * 6, QUERY, torch.zeros(12))),
+        ("fuse_encoders", ([VALUES[0], VALUES[0].double()], QUERY, BIAS)),
+        ("fuse_encoders", ([VALUES[0], torch.zeros(1, 3, 8)], QUERY, BIAS)),
+        ("fuse_encoders", ([VALUES[0], torch.zeros(1, 2, 9)], QUERY, BIAS)),
+        ("fuse_encoders", (VALUES, QUERY[:7], BIAS)),
+        ("fuse_encoders", (VALUES, QUERY, BIAS[:1])),
+        ("fuse_encoders", (VALUES, QUERY, BIAS.double())),
+        ("resample_frames", (BYTES.float(), [2, 2], "bicubic")),
+        ("resample_frames", (BYTES[0, 0], [2, 2], "bicubic")),
+        ("resample_frames", (BYTES, [2], "bicubic")),
+        ("resample_frames", (BYTES, [0, 2], "bicubic")),
+        ("resample_frames", (BYTES, [2, 2], "nearest")),
+        ("resample_frames", (BYTES[:, :0], [2, 2], "bicubic")),
+        ("resample_normalise", (BYTES, [4, 4], "bicubic", [0, 0, 400, 400], [TABLE])),
+        ("resample_normalise", (BYTES, [4, 4], "bicubic", [-1, 0, 2, 2], [TABLE])),
+        ("resample_normalise", (BYTES, [4, 4], "bicubic", [0, 0, 2], [TABLE])),
+        ("resample_normalise", (BYTES, [4, 4], "bicubic", [0, 0, 2, 2], [TABLE[:, :2]])),
+        ("resample_normalise", (BYTES, [4, 4], "bicubic", [0, 0, 2, 2], [TABLE[:2]])),
+        ("resample_normalise", (BYTES, [4, 4], "bicubic", [0, 0, 2, 2], [TABLE.to(torch.uint8)])),
+    ],
+)
+def test_an_op_that_is_called_by_its_name_refuses_what_it_cannot_do(op, arguments):
+    with pytest.raises(RuntimeError, match="must"):
+        getattr(torch.ops.merv_fast, op)(*arguments)
+
+
 def test_doctor_knows_the_kernels(monkeypatch):
     def found():
         return {part.name: part for part in environment.components()}

@@ -9,9 +9,9 @@ from torch.utils._pytree import tree_leaves
 
 import merv_fast.runtime.concurrent as concurrent
 import merv_fast.runtime.graphs
+import merv_fast.versions
 from merv_fast.modules import Tail, build_fusion, build_projector, set_attention
 from merv_fast.modules.attention import HeadAttention
-from merv_fast.modules.weighing import _FOLDED
 from merv_fast.runtime.concurrent import ConcurrentEncoders
 from merv_fast.runtime.front_end import FrontEndGraphs
 from merv_fast.runtime.graphs import CUDA_GRAPHS, GraphedCall, GraphPool
@@ -266,6 +266,17 @@ def test_a_trial_for_which_there_was_no_memory_decides_nothing(graphs, make, cap
     call.call = run
     assert right(graphs, call, 1)
     assert graphs.replays == 1
+
+
+def test_a_graph_is_dropped_after_the_replays_of_other_streams(graphs, make):
+    call = make()
+    graphs.side("other", 0)
+    assert right(graphs, call, 1)
+    with graphs.use("other/0"):
+        assert right(graphs, call, 2)
+    # The caller's own stream has not waited for that one.
+    call.clear()
+    assert graphs.live == []
 
 
 def test_what_is_known_is_of_the_module_as_it_is(graphs, make):
@@ -743,12 +754,15 @@ def test_lanes_and_costs_hold_for_captures(graphs, front_end):
     assert {waiting for waiting, _ in graphs.waits} == {"caller", "cpu/-1", "cuda:0/0"}
 
 
-def test_the_query_is_folded_in_the_graph(graphs, front_end):
+def test_the_query_is_folded_in_the_graph(graphs, front_end, monkeypatch):
     encoders, tail = front_end
-    kept = []
-    graphs.before_capture = lambda: kept.append(tail.fusion in _FOLDED)
+    folded, fold = [], tail.fusion.fold
+    monkeypatch.setattr(tail.fusion, "fold", lambda: folded.append(graphs.in_capture) or fold())
+    # CUDA is told by the stream.
+    monkeypatch.setattr(merv_fast.versions, "_capturing", lambda: graphs.in_capture)
     FrontEndGraphs(prepared(graphs), encoders, tail, 2, graphs=graphs)
-    assert kept == [False] * 3
+    # In the captures of the tail and of the whole, so that replays do it with the weights of their time.
+    assert folded.count(True) == 2
 
 
 def test_a_trial_that_fails_leaves_all_of_it_plain(graphs, front_end):
