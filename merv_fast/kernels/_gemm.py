@@ -172,13 +172,13 @@ LAUNCHES = {
     },
     100: {
         "large": Launch(128, 256, 64, 8, 4),
-        "small": Launch(128, 64, 64, 4, 4),
+        "small": Launch(64, 128, 64, 4, 4),
         "gelu": Launch(128, 128, 64, 8, 4),
         "float32": Launch(64, 64, 32, 4, 3),
     },
 }
 """By architecture and class: "gelu" and "float32" need registers beside the tile, "large" is for where
-its tiles are enough for most of the chip."""
+its tiles are enough for most of the chip and N is a multiple of 16; "small" is for the rest."""
 
 MOST_ENCODERS = 8
 ENOUGH_TILES = 96
@@ -249,8 +249,7 @@ def _run(
     # Products in full float32 are made outside the tensor cores, where tiles read by TMA spill.
     descriptors = capability() >= 90 and (out.dtype != torch.float32 or precision == "tf32")
     dependent, tiles = choice.dependent and dependent_launches(), B * m_tiles * n_tiles
-    # Rows that are not aligned are written element by element, and a loop around that spills.
-    persistent = choice.persistent and N % ALIGNMENT == 0
+    persistent = choice.persistent and can_loop(E, N, weighing is not None, gelu, score is not None)
     gemm_kernel[(min(tiles, processors()) if persistent else tiles,)](
         *(describe(x, choice.block_m, choice.block_k) if descriptors else x for x in flat),
         *[None] * (MOST_ENCODERS - E),
@@ -300,12 +299,21 @@ def choose(B: int, S: int, N: int, dtype: torch.dtype, gelu: bool) -> Launch:
     table = LAUNCHES[capability()]
     if dtype == torch.float32:
         return table["float32"]
+    # Rows of the result that are not aligned are written element by element: a large tile then spills.
+    if N % ALIGNMENT:
+        return table["small"]
     if gelu:
         return table["gelu"]
     large = table["large"]
     tiles = B * triton.cdiv(S, large.block_m) * triton.cdiv(N, large.block_n)
-    # Rows of the result that are not aligned are written element by element: a large tile then spills.
-    return large if tiles >= ENOUGH_TILES and N % ALIGNMENT == 0 else table["small"]
+    return large if tiles >= ENOUGH_TILES else table["small"]
+
+
+def can_loop(E: int, N: int, weighed: bool, gelu: bool, scored: bool) -> bool:
+    """Whether a program can make several tiles without a spill, as far as the compiler has been seen to."""
+    # Rows of the result that are not aligned are written element by element.
+    spills = {80: E > 4, 90: False, 100: (weighed and E == 1) or (gelu and not scored)}
+    return N % ALIGNMENT == 0 and not spills[capability()]
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import triton
 from torch import Tensor
 
-__all__ = ["Cost", "capability", "dependent_launches", "processors", "unit_stride"]
+__all__ = ["Cost", "capability", "dependent_launches", "divisible", "processors", "unit_stride"]
 
 
 def capability() -> int:
@@ -35,6 +35,11 @@ def processors() -> int:
 @lru_cache(maxsize=64)
 def _processors(device: int) -> int:
     return triton.runtime.driver.active.utils.get_device_properties(device)["multiprocessor_count"]
+
+
+def divisible(*sizes: int) -> bool:
+    """Whether 16 divides strides and widths, which is all that Triton knows of them: loads are then wide."""
+    return all(size % 16 == 0 for size in sizes)
 
 
 def unit_stride(x: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ def attend_backward_kernel(
     v_ptrs = k_ptrs + C
     g_ptrs = grad_ptr + row_offset(r, heads, stride_gn, d)[:, None] + c[None, :]
     dq_ptrs = dqkv_ptr + row_offset(r, heads, 3 * C, d)[:, None] + c[None, :]
-    stride_db = rows.to(tl.int64) * (3 * d)
+    stride_db = tl.cast(rows, tl.int64) * (3 * d)
     q = load_slots(q_ptrs, first + i, stride_b, mask_q) * scale
     g = load_slots(g_ptrs, first + i, stride_gb, mask_q)
     top = tl.full((W, R), float("-inf"), tl.float32)

@@ -15,6 +15,8 @@ WIDTHS = [1024, 1024, 768, 768]
 @case("fuse_encoders: eight, odd width", torch.bfloat16, 3, [35] * 8, 769)
 @case("fuse_encoders: float32, odd width", torch.float32, 3, [35, 1], 769)
 @case("fuse_encoders: one token of one encoder", torch.bfloat16, 1, [1], 4096)
+@case("fuse_encoders: one encoder, odd width", torch.bfloat16, 2, [257], 769)
+@case("fuse_encoders: ones", torch.bfloat16, 1, [1], 1)
 @case("fuse_encoders: over 2^31 elements", torch.bfloat16, 64, [16384, 16384], 4096)
 def fuse(dtype, B, lengths, D):
     values, query = [meta(B, S, D, dtype=dtype) for S in lengths], meta(D, dtype=dtype)
@@ -22,10 +24,11 @@ def fuse(dtype, B, lengths, D):
     fuse_encoders.launch_backward(tokens, meta(*weights.shape, dtype=torch.float32), values, query, weights)
 
 
+@case("fuse_encoders: backward of the collapsed tail, ones", 1, [1], 1)
 @case("fuse_encoders: backward of the collapsed tail", 1, [1024, 1024, 768, 768])
 @case("fuse_encoders: backward of the collapsed tail of MLPs, batch of 8", 8, [4096] * 4)
-def tail(B, widths):
-    grads, values = ([meta(B, 1024, D) for D in widths] for _ in range(2))
+def tail(B, widths, S=1024):
+    grads, values = ([meta(B, S, D) for D in widths] for _ in range(2))
     dw, _ = _blend.dots(grads, values)
     vectors = [meta(D, dtype=torch.float32) for D in widths]
     _blend.blend(dw, grads=grads, ds=dw, vectors=vectors, dvalues=grads, values=values, weighed=values)

@@ -14,6 +14,11 @@ KERNEL = ("gemm_kernel",)
 @case("gemm: weighed, batch of 8", torch.float16, 8, 1024, WIDTHS, 4096, matrix=KERNEL)
 @case("gemm: weighed, small", torch.bfloat16, 2, 64, [72, 72], 256, matrix=KERNEL)
 @case("gemm: weighed, eight encoders", torch.bfloat16, 1, 1024, [1024] * 8, 4096, matrix=KERNEL)
+@case("gemm: weighed, one encoder of ones", torch.bfloat16, 1, 1, [1], 1, matrix=KERNEL)
+@case("gemm: weighed, eight encoders, small", torch.bfloat16, 1, 64, [72] * 8, 256, matrix=KERNEL)
+@case("gemm: weighed, eight encoders, odd", torch.float16, 8, 1024, [1024] * 8, 4095, matrix=KERNEL)
+@case("gemm: weighed, one encoder", torch.bfloat16, 1, 1024, [1024], 4096, matrix=KERNEL)
+@case("gemm: weighed, one encoder, odd", torch.bfloat16, 1, 64, [72], 255, matrix=KERNEL)
 @case("gemm: weighed, no descriptors", torch.bfloat16, 1, 1024, [769, 1023], 4095, matrix=KERNEL)
 @case("gemm: weighed, float32", torch.float32, 1, 1024, WIDTHS, 4096)
 def weighed(dtype, B, S, widths, N):
@@ -31,6 +36,9 @@ def weighed(dtype, B, S, widths, N):
 @case("gemm: weighed, persistent", torch.bfloat16, 1, 1024, WIDTHS, 4096, matrix=KERNEL)
 @case("gemm: weighed, batch of 8, persistent", torch.float16, 8, 1024, WIDTHS, 4096, matrix=KERNEL)
 @case("gemm: weighed, small, persistent", torch.bfloat16, 2, 64, [72, 72], 256, matrix=KERNEL)
+@case("gemm: weighed, one encoder, persistent", torch.bfloat16, 1, 1024, [1024], 4096, matrix=KERNEL)
+@case("gemm: weighed, eight encoders, persistent", torch.bfloat16, 1, 1024, [1024] * 8, 4096, matrix=KERNEL)
+@case("gemm: weighed, eight encoders, small, persistent", torch.bfloat16, 1, 64, [72] * 8, 256, matrix=KERNEL)
 def weighed_persistent(*arguments):
     with scheduled(persistent=True):
         weighed(*arguments)
@@ -51,18 +59,23 @@ def plain(dtype, B, S, K, N):
     _gemm.project(meta(B, S, K, dtype=dtype), meta(N, K, dtype=dtype), meta(N, dtype=dtype))
 
 
-@case("gemm: hidden layer with scores", torch.bfloat16, matrix=KERNEL)
-@case("gemm: hidden layer with scores, float32", torch.float32)
-def hidden(dtype):
-    x, w, bias = meta(1, 1024, 1024, dtype=dtype), meta(4096, 1024, dtype=dtype), meta(4096, dtype=dtype)
-    sums = meta(1, _gemm.score_chunks(1, 1024, 4096, dtype), dtype=torch.float32)
-    _gemm.project(x, w, bias, True, (meta(4096, dtype=torch.float32), sums))
+@case("gemm: hidden layer with scores", torch.bfloat16, 4096, matrix=KERNEL)
+@case("gemm: hidden layer with scores, odd", torch.bfloat16, 4095, matrix=KERNEL)
+@case("gemm: hidden layer with scores, float32", torch.float32, 4096)
+def hidden(dtype, N):
+    x, w, bias = meta(1, 1024, 1024, dtype=dtype), meta(N, 1024, dtype=dtype), meta(N, dtype=dtype)
+    sums = meta(1, _gemm.score_chunks(1, 1024, N, dtype), dtype=torch.float32)
+    _gemm.project(x, w, bias, True, (meta(N, dtype=torch.float32), sums))
     _gemm.project(x, w, bias, True)
 
 
-@case("gemm: hidden layer with scores, persistent", matrix=KERNEL)
-def hidden_persistent():
-    x, w, bias = meta(1, 1024, 1024), meta(4096, 1024), meta(4096)
-    sums = meta(1, _gemm.score_chunks(1, 1024, 4096, x.dtype), dtype=torch.float32)
+@case("gemm: hidden layer with scores, persistent", torch.bfloat16, 4096, matrix=KERNEL)
+def hidden_persistent(*arguments):
     with scheduled(persistent=True):
-        _gemm.project(x, w, bias, True, (meta(4096, dtype=torch.float32), sums))
+        hidden(*arguments)
+
+
+@case("gemm: hidden layer of ones", matrix=KERNEL)
+def hidden_of_ones():
+    score = meta(1, dtype=torch.float32), meta(1, 1, dtype=torch.float32)
+    _gemm.project(meta(1, 1, 1), meta(1, 1), meta(1), True, score)

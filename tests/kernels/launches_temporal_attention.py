@@ -20,6 +20,9 @@ HALF, SINGLE = torch.float16, torch.float32
 @case("temporal_attention: odd heads, float32", meta(8, 35, 3 * 769, dtype=SINGLE), 1, 8)
 @case("temporal_attention: misaligned", meta(16, 257, 3073)[..., 1:], 16, 8)
 @case("temporal_attention: alone", meta(16, 257, 3072), 16, 1)
+@case("temporal_attention: one patch, one head", meta(8, 1, 192), 1, 8)
+@case("temporal_attention: ones", meta(1, 1, 3), 1, 1)
+@case("temporal_attention: ones, window in parts", meta(9, 1, 3), 1, 9)
 @case("temporal_attention: over 2^31 elements", meta(4096, 257, 3072), 16, 8)
 def attend(qkv, heads, window):
     out = temporal_attention.launch(qkv, heads, window)

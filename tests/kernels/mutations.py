@@ -62,7 +62,8 @@ GEMM = of(
     ("in tl.range(tl.program_id(0), B * m_tiles", "in tl.range(tl.program_id(0), m_tiles"),
     ("in tl.range(tl.program_id(0),", "in tl.range(1 + tl.program_id(0),"),
     ("tl.num_programs(0), disable_licm", "1 + tl.num_programs(0), disable_licm"),
-    ("persistent = choice.persistent and N % ALIGNMENT == 0", "persistent = choice.persistent"),
+    ("return N % ALIGNMENT == 0 and not spills", "return not spills"),
+    ("100: (weighed and E == 1)", "100: (weighed and E == 0)"),
     ("min(tiles, processors()) if persistent else tiles", "tiles"),
 )
 
@@ -199,6 +200,41 @@ TEMPORAL_ATTENTION = of(
     ("row_offset(r, heads, stride_gn, d)", "row_offset(r, heads, heads * d, d)"),
 )
 
+FAR_GEMM = of(
+    "kernels/_gemm.py",
+    "test_far_outputs.py",
+    ("(b.to(tl.int64) * S + s)[:, None] * N", "(b * S + s)[:, None] * N"),
+)
+
+FAR_BLEND = of(
+    "kernels/_blend.py",
+    "test_far_outputs.py",
+    ("offset = b * strides_ob[i] + s.to(tl.int64)[:, None]", "offset = b * strides_ob[i] + s[:, None]"),
+    ("offset = b * strides_ob[i] + s", "offset = b.to(tl.int32) * strides_ob[i] + s"),
+)
+
+FAR_POOLING = of(
+    "kernels/pool_tokens.py",
+    "test_far_outputs.py",
+    ("b * stride_ob + s.to(tl.int64)[:, None]", "b * stride_ob + s[:, None]"),
+    ("b * stride_ob + s", "b.to(tl.int32) * stride_ob + s"),
+)
+
+FAR_SUM = of(
+    "kernels/fuse_encoders.py",
+    "test_far_outputs.py",
+    ("(b * S + s)[:, None] * D", "(b.to(tl.int32) * S + s)[:, None] * D"),
+)
+
+FAR_ATTENTION = of(
+    "kernels/temporal_attention.py",
+    "test_far_outputs.py",
+    ("out_row = ((first + i)[:, None]", "out_row = ((first + i).to(tl.int32)[:, None]"),
+    ("tl.cast(rows, tl.int64) * (3 * d)", "rows * (3 * d)"),
+    ("(first + j) * rows * (2 * d)", "(first + j).to(tl.int32) * rows * (2 * d)"),
+    ("(r // heads).to(tl.int64) * stride_n", "(r // heads) * stride_n"),
+)
+
 MUTATIONS = [
     *POOL_TOKENS,
     *POOL_TOKENS_PADDING,
@@ -215,4 +251,9 @@ MUTATIONS = [
     *FUSE_ENCODERS,
     *BLEND,
     *TEMPORAL_ATTENTION,
+    *FAR_GEMM,
+    *FAR_BLEND,
+    *FAR_POOLING,
+    *FAR_SUM,
+    *FAR_ATTENTION,
 ]

@@ -176,3 +176,13 @@ def test_rows_that_are_not_aligned_are_not_made_in_a_persistent_grid(device):
         got = _gemm.project(x, w, bias)
     assert not launched
     assert torch.equal(got, _gemm.project(x, w, bias))
+
+
+@pytest.mark.parametrize("capability", [80, 100])
+def test_a_loop_that_would_spill_is_not_made(monkeypatch, capability):
+    monkeypatch.setattr(_gemm, "capability", lambda: capability)
+    assert _gemm.can_loop(4, 4096, True, False, False)
+    assert _gemm.can_loop(1, 4096, False, True, True)
+    assert _gemm.can_loop(8, 4096, True, False, False) == (capability != 80)
+    assert _gemm.can_loop(1, 4096, True, False, False) == (capability != 100)
+    assert _gemm.can_loop(1, 4096, False, True, False) == (capability != 100)

@@ -86,7 +86,7 @@ def test_the_op_runs_the_kernel(device, kernels_serve, monkeypatch):
     assert torch.equal(pool_project_op(*case), torch.full((1, 1, 8), 7.0, device=device))
 
 
-@pytest.mark.parametrize("widths", [[8, 16], [8, 8, 16]], ids=str)
+@pytest.mark.parametrize("widths", [[8, 16], [8, 16, 16]], ids=str)
 def test_the_pooling_lets_a_dependent_layer_begin(device, widths, monkeypatch):
     table, told = _gemm.LAUNCHES[_gemm.capability()], []
     monkeypatch.setitem(table, "gelu", table["gelu"]._replace(dependent=True))

@@ -158,7 +158,7 @@ def test_the_pooling_lets_a_dependent_layer_begin(device, layers, monkeypatch):
         raise InterruptedError
 
     monkeypatch.setattr(pool_project_fuse, "pool", pool)
-    shape = 1, (1, 1), ((2, 2),) * 2, (1, 1), None, ((8,) * layers,) * 2, 16
+    shape = 1, (1, 1), ((2, 2),) * 2, (1, 1), None, ((8, 16)[:layers],) * 2, 16
     with pytest.raises(InterruptedError):
         pool_project_fuse.launch(*on(device, flat(case(shape, torch.float16))))
     assert told == [layers == 2]
