@@ -32,9 +32,9 @@ REPEATS = 10
 def use_fastest(model: MervVideoModel, *, compiled: bool = True) -> Mapping[str, float]:
     """Let the encoders run the way that takes the least time for one video here: `WAYS` has the names.
 
-    CUDA graphs (``model.use_graphs``) and compiled blocks (``model.use_compile``) are tried, each alone and together;
-    what was set before is given up, and kept if anything fails. The model should be where, and in the dtype and with
-    the attention, in which it will be used. To compile takes a minute or so.
+    CUDA graphs (``model.use_graphs``) and compiled blocks (``model.use_compile``) are tried, each alone and together.
+    What was set before is given up; it is set again, but for options, if anything fails. The model should be where, and
+    in the dtype and with the attention, in which it will be used. To compile takes a minute or so.
 
     Args:
         model: in evaluation mode.

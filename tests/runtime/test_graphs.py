@@ -666,29 +666,23 @@ def test_from_frames_to_tokens_in_one_graph(graphs, front_end):
     assert ("cpu/-1", "cuda:0/0") in graphs.waits
 
 
-def test_the_checker_sees_encoders_that_do_not_wait_for_their_frames(graphs, front_end, monkeypatch):
+@pytest.mark.parametrize(
+    ("whose", "words"),
+    # An encoder that does not wait for its frames; the tail, which does not wait for an encoder.
+    [("waiting", "cuda:0/1 does not wait for cpu/-1"), ("awaited", "cpu/-1 does not wait for cuda:0/1")],
+)
+def test_the_checker_sees_what_does_not_wait_in_one_graph(graphs, front_end, monkeypatch, whose, words):
     encoders, tail = front_end
-    wait = graphs.wait
-    made = FrontEndGraphs(prepared(graphs), encoders, tail, 2, graphs=graphs)
-    monkeypatch.setattr(
-        graphs, "wait", lambda waiting, awaited: None if waiting == "cuda:0/1" else wait(waiting, awaited)
-    )
+    made, wait = FrontEndGraphs(prepared(graphs), encoders, tail, 2, graphs=graphs), graphs.wait
+
+    def forgetful(waiting, awaited):
+        if {"waiting": waiting, "awaited": awaited}[whose] != "cuda:0/1":
+            wait(waiting, awaited)
+
+    monkeypatch.setattr(graphs, "wait", forgetful)
     with torch.no_grad():
         made.replay(frames_of(graphs, 8))
-        with pytest.raises(AssertionError, match="cuda:0/1 does not wait for cpu/-1"):
-            made.replay(frames_of(graphs, 8))
-
-
-def test_the_checker_sees_a_tail_that_does_not_wait_for_the_encoders(graphs, front_end, monkeypatch):
-    encoders, tail = front_end
-    wait = graphs.wait
-    made = FrontEndGraphs(prepared(graphs), encoders, tail, 2, graphs=graphs)
-    monkeypatch.setattr(
-        graphs, "wait", lambda waiting, awaited: None if awaited == "cuda:0/1" else wait(waiting, awaited)
-    )
-    with torch.no_grad():
-        made.replay(frames_of(graphs, 8))
-        with pytest.raises(AssertionError, match="cpu/-1 does not wait for cuda:0/1"):
+        with pytest.raises(AssertionError, match=words):
             made.replay(frames_of(graphs, 8))
 
 
