@@ -7,7 +7,8 @@ through registers, and one accumulator an encoder spills; instead the one accumu
 present encoder's weight and, from one encoder to the next, multiplied by the ratio of the two: E - 1 times a
 tile. Tokens and matrices so go from memory to the tensor cores by TMA and wgmma untouched, as in a plain GEMM.
 A weight below 2^-60 counts as 2^-60 in this, so that no ratio overflows: what it adds is below rounding unless
-tokens differ by 10^10 in size. Where a weight is zero and tokens are infinite the sum is NaN, as 0 * inf is.
+tokens differ by 10^10 in size, and sums above 10^20 in front of it become infinite. Infinite tokens make their
+encoder's score infinite as well: -inf is a weight of zero, and what is infinite then is NaN, as 0 * inf is.
 
 Every tile makes its video's weights again from the partial scores, a few KiB, instead of waiting for a launch
 that does. The epilogue adds the mixed bias; for a hidden layer it applies GELU and may multiply with a score
@@ -32,7 +33,7 @@ from triton.language.extra.cuda import gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from merv_fast.kernels._launch import capability, dependent_launches, processors
-from merv_fast.kernels._weighing import encoder_weights, pick
+from merv_fast.kernels._weighing import encoder_scores, pick, softmax
 
 __all__ = ["ALIGNMENT", "LAUNCHES", "Launch", "aligned", "is_dependent", "project", "project_weighed", "score_chunks"]
 
@@ -64,10 +65,12 @@ def make_tile(
     k = tl.arange(0, BLOCK_K)[None, :]
 
     if WEIGHED:
-        w = encoder_weights(partial_ptr, offset_ptr, b.to(tl.int64), chunks, lengths, CHUNKS, E, E_POWER)
+        scores = encoder_scores(partial_ptr, offset_ptr, b.to(tl.int64), chunks, lengths, CHUNKS, E, E_POWER)
+        w, e_index = softmax(scores, E, E_POWER), tl.arange(0, E_POWER)
         if (m_tile == 0) & (n_tile == 0):
-            e_index = tl.arange(0, E_POWER)
             tl.store(weights_ptr + b * E + e_index, w, mask=e_index < E)
+        # Of zeros those that an infinite score made are negative: a register for this through all products spills.
+        w = tl.where((scores == float("-inf")) & (e_index < E), w * -1.0, w)
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     unit = 1.0
     for e in tl.static_range(E):
@@ -93,8 +96,8 @@ def make_tile(
         bias += one * pick(w, e, E_POWER) if WEIGHED else one
     if WEIGHED:
         accumulator *= unit
-        lost = tl.sum(tl.where((w == 0.0) & (tl.arange(0, E_POWER) < E), 1, 0), 0) > 0
-        accumulator = tl.where(lost & (tl.abs(accumulator) == float("inf")), float("nan"), accumulator)
+        infinite = tl.sum(tl.where(w.to(tl.int32, bitcast=True) < 0, 1, 0), 0) > 0
+        accumulator = tl.where(infinite & (tl.abs(accumulator) == float("inf")), float("nan"), accumulator)
     accumulator += bias[None, :]
     if GELU:
         accumulator = 0.5 * accumulator * (1.0 + tl.erf(accumulator * 0.7071067811865476))

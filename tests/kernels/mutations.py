@@ -51,7 +51,9 @@ GEMM = of(
     ("        accumulator *= unit\n", "        accumulator *= 1.0\n"),
     ("in_k = start + k < Ks[e]", "in_k = start + k < Ks[0]"),
     ("bias += one * pick(w, e, E_POWER) if WEIGHED else one", "bias += one"),
-    ('lost & (tl.abs(accumulator) == float("inf"))', 'lost & (tl.abs(accumulator) == float("nan"))'),
+    ('infinite & (tl.abs(accumulator) == float("inf"))', 'infinite & (tl.abs(accumulator) == float("nan"))'),
+    ('tl.where((scores == float("-inf")) & (e_index < E)', "tl.where((w == 0.0) & (e_index < E)"),
+    ('tl.where((scores == float("-inf")) & (e_index < E)', 'tl.where(scores == float("-inf")'),
     ("0.7071067811865476", "0.7978845608028654"),
     ("(b.to(tl.int64) * S + s)[:, None] * N", "s[:, None] * N"),
     ("tl.where(inside, result.to(tl.float32) * a[None, :], 0.0)", "result.to(tl.float32) * a[None, :]"),
@@ -146,7 +148,7 @@ WEIGHING = of(
     ("exponentials = tl.where(e < E, tl.exp(scores - tl.max(scores, 0)), 0.0)", "exponentials = tl.exp(scores)"),
     ("tl.arange(0, E_POWER) == e, w", "tl.arange(0, E_POWER) == 0, w"),
     ("means + tl.load(offset_ptr + e,", "means + tl.load(offset_ptr + 0 * e,"),
-    ('scores = tl.where(e < E, scores, float("-inf"))', "scores = scores"),
+    ('return tl.where(e < E, scores, float("-inf"))', "return scores"),
 )
 
 FUSE_ENCODERS = of(

@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from merv_fast.kernels import _blend
 from merv_fast.kernels import fuse_encoders as kernels
 from merv_fast.kernels._weighing import encoder_weights, pick
 from tests.budgets import low_precision
+from tests.kernels.drawing import CONTIGUOUS, drawn, laid_out, layouts
 from tests.kernels.memory import far_apart
 
 # The package exports the function under the module's name.
@@ -61,34 +62,36 @@ def flat(tensors) -> list[Tensor]:
     return [tensors] if isinstance(tensors, Tensor) else [leaf for tensor in tensors for leaf in flat(tensor)]
 
 
-def check_both(values: list[Tensor], query: Tensor, bias: Tensor) -> None:
+def check_both(values: list[Tensor], query: Tensor, bias: Tensor, layouts=CONTIGUOUS) -> None:
+    query, bias, *values = laid_out([query, bias, *values], layouts)
     arguments = values, query, bias
     expected = op.reference(*arguments)
     check(kernels.launch(*arguments), expected, op.reference(*double(arguments)))
     tokens, weights = expected
     G = quarters(*tokens.shape, device=tokens.device).to(tokens)
-    arguments = G, torch.randn_like(weights), values, query, weights
+    arguments = *laid_out([G, torch.randn_like(weights)], layouts), values, query, weights
     got, expected = kernels.launch_backward(*arguments), op.reference_backward(*arguments)
     check(got, expected, op.reference_backward(*double(arguments)))
 
 
-@settings(max_examples=8, deadline=None)
+@drawn(8)
 @given(
     B=st.integers(1, 3),
     S=st.integers(1, 40),
     single=st.lists(st.booleans(), min_size=1, max_size=4),
     D=st.integers(1, 80),
     dtype=st.sampled_from(LOW),
+    layouts=layouts(),
 )
-@example(B=2, S=35, single=[False, False, True, False], D=769, dtype=torch.bfloat16)
-@example(B=1, S=64, single=[True, False], D=512, dtype=torch.float32)
-@example(B=3, S=5, single=[False], D=8, dtype=torch.float16)
-@example(B=2, S=5, single=[False] * 8, D=9, dtype=torch.float32)
-def test_any_shape(device, B, S, single, D, dtype):
-    check_both(*inputs(device, B, [1 if alone else S for alone in single], D, dtype))
+@example(B=2, S=35, single=[False, False, True, False], D=769, dtype=torch.bfloat16, layouts=CONTIGUOUS)
+@example(B=1, S=64, single=[True, False], D=512, dtype=torch.float32, layouts=CONTIGUOUS)
+@example(B=3, S=5, single=[False], D=8, dtype=torch.float16, layouts=CONTIGUOUS)
+@example(B=2, S=5, single=[False] * 8, D=9, dtype=torch.float32, layouts=CONTIGUOUS)
+def test_any_shape_and_strides(device, B, S, single, D, dtype, layouts):
+    check_both(*inputs(device, B, [1 if alone else S for alone in single], D, dtype), layouts)
 
 
-def test_any_strides(device):
+def test_views(device):
     values, query, bias = inputs(device, 3, [12] * 5, 24, torch.float32)
     query, bias = torch.stack([query, query], 1)[3:20, 0], torch.stack([bias, bias], 1)[:, 0]
     values[1] = values[1].transpose(1, 2).contiguous().transpose(1, 2)

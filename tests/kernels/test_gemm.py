@@ -9,7 +9,7 @@ from torch import Tensor
 
 from merv_fast.kernels import _gemm
 from tests.budgets import float32_sum, low_precision
-from tests.kernels.drawing import drawn
+from tests.kernels.drawing import CONTIGUOUS, drawn, laid_out, layouts
 from tests.kernels.memory import far_apart
 from tests.kernels.schedules import scheduled
 
@@ -40,8 +40,8 @@ def operands(device, dtype, B, S, widths, N):
     return xs, ws, [torch.randn(N, device=device).to(dtype) for _ in widths]
 
 
-def check_weighed(device, dtype, B, S, widths, N, spread):
-    xs, ws, biases = operands(device, dtype, B, S, widths, N)
+def check_weighed(device, dtype, B, S, widths, N, spread, layouts):
+    xs, ws, biases = (laid_out(ts, layouts) for ts in operands(device, dtype, B, S, widths, N))
     E = len(widths)
     sums, offsets = torch.randn(B, E, 3, device=device) * S, torch.randn(E, device=device) * spread
     chunks = [1 + e % 3 for e in range(E)]
@@ -68,12 +68,13 @@ width = st.integers(1, 70)
     N=st.integers(1, 40),
     spread=st.sampled_from([1.0, 100.0]),
     dtype=st.sampled_from(DTYPES),
+    layouts=layouts(),
 )
-@example(B=2, S=17, widths=[33, 64, 7, 16], N=34, spread=1.0, dtype=torch.float16)
-@example(B=1, S=4, widths=[769], N=33, spread=1.0, dtype=torch.float32)
-@example(B=64, S=3, widths=[16, 7], N=20, spread=1.0, dtype=torch.float32)
-def test_weighed(device, B, S, widths, N, spread, dtype):
-    check_weighed(device, dtype, B, S, widths, N, spread)
+@example(B=2, S=17, widths=[33, 64, 7, 16], N=34, spread=1.0, dtype=torch.float16, layouts=CONTIGUOUS)
+@example(B=1, S=4, widths=[769], N=33, spread=1.0, dtype=torch.float32, layouts=CONTIGUOUS)
+@example(B=64, S=3, widths=[16, 7], N=20, spread=1.0, dtype=torch.float32, layouts=CONTIGUOUS)
+def test_weighed(device, B, S, widths, N, spread, dtype, layouts):
+    check_weighed(device, dtype, B, S, widths, N, spread, layouts)
 
 
 def test_a_weight_of_nothing_leaves_the_others_exact(device):
@@ -90,7 +91,7 @@ def test_a_weight_of_nothing_leaves_the_others_exact(device):
 
 
 @pytest.mark.parametrize("stray", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("scores", [(0.0, 1.0), (0.0, 200.0), (float("nan"), 1.0)], ids=str)
+@pytest.mark.parametrize("scores", [(0.0, 1.0), (-float("inf"), 1.0), (float("nan"), 1.0)], ids=str)
 def test_non_finite_values_are_those_of_the_sum(device, stray, scores):
     xs, ws, biases = operands(device, torch.float32, 1, 5, [20, 40], 8)
     xs[0][0, 3, 7] = stray
@@ -101,6 +102,15 @@ def test_non_finite_values_are_those_of_the_sum(device, stray, scores):
     assert torch.equal(tokens.isnan(), expected.isnan())
 
 
+def test_a_sum_that_overflows_is_infinite_beside_a_weight_of_nothing(device):
+    xs, ws, biases = operands(device, torch.float32, 1, 5, [20, 40, 16], 8)
+    xs[2][0, 3] = ws[2][6] = 1e20
+    offsets = torch.tensor([0.0, 1.0, 200.0], device=device)
+    tokens, _ = _gemm.project_weighed(xs, ws, biases, torch.zeros(1, 3, 1, device=device), [1, 1, 1], offsets)
+    assert (tokens == float("inf")).nonzero().tolist() == [[0, 3, 6]]
+    assert tokens.isfinite().sum() == tokens.numel() - 1
+
+
 @drawn(12)
 @given(
     B=st.integers(1, 2),
@@ -109,9 +119,11 @@ def test_non_finite_values_are_those_of_the_sum(device, stray, scores):
     N=st.integers(1, 70),
     gelu=st.booleans(),
     dtype=st.sampled_from(DTYPES),
+    layouts=layouts(),
 )
-def test_one_encoder(device, B, S, K, N, gelu, dtype):
+def test_one_encoder(device, B, S, K, N, gelu, dtype, layouts):
     (x,), (w,), (bias,) = operands(device, dtype, B, S, [K], N)
+    x, w, bias = laid_out([x, w, bias], layouts)
     vector = torch.randn(N, device=device)
     sums = torch.full((B, _gemm.score_chunks(B, S, N, dtype) + 1), float("nan"), device=device)
     got = _gemm.project(x, w, bias, gelu, (vector, sums))
@@ -124,7 +136,7 @@ def test_one_encoder(device, B, S, K, N, gelu, dtype):
     assert torch.equal(_gemm.project(x, w, bias, gelu), got)
 
 
-def test_any_strides_and_alignment(device):
+def test_views_and_alignment(device):
     (x,), (w,), (bias,) = operands(device, torch.float32, 2, 6, [48], 24)
     wide = torch.randn(2, 7, 70, device=device)
     views = [

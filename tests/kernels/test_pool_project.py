@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from merv_fast.kernels import _gemm, pool_project, pool_tokens
 from merv_fast.ops import pool_project as pool_project_op
 from tests.budgets import low_precision
-from tests.kernels.drawing import drawn
+from tests.kernels.drawing import drawn, laid_out, layouts
 from tests.kernels.test_gemm import DTYPES, TILE
 
 op = importlib.import_module("merv_fast.ops.pool_project")
@@ -48,16 +48,19 @@ side = st.integers(1, 5)
     out_grid=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     widths=st.lists(st.integers(1, 70), min_size=2, max_size=4),
     dtype=st.sampled_from(DTYPES),
+    layouts=layouts(),
 )
-def test_any_shape(device, B, T, t, grid, out_grid, widths, dtype):
-    case = arguments(device, dtype, B, T, grid, out_grid, t, widths)
+def test_any_shape_and_strides(device, B, T, t, grid, out_grid, widths, dtype, layouts):
+    x, weights, biases, *how = arguments(device, dtype, B, T, grid, out_grid, t, widths)
+    x, *parameters = laid_out([x, *weights, *biases], layouts)
+    case = x, parameters[: len(weights)], parameters[len(weights) :], *how
     got, exact = pool_project.launch(*case), op.reference(*wide(*case))
     assert got.dtype == dtype
     assert got.is_contiguous()
     assert (got.double() - exact).abs().max() <= low_precision(op.reference(*case), exact)
 
 
-def test_any_strides(device):
+def test_views(device):
     x, weights, *rest = arguments(device, torch.float32, 2, 2, (4, 5), (2, 2), 2, [24, 9])
     maps = torch.randn(2, 2, 21, 25, device=device)
     for view in (maps[:, :, 1:, 1:], maps[:, :, :20, 1:], x.transpose(1, 2).contiguous().transpose(1, 2)):

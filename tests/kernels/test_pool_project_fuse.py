@@ -12,7 +12,7 @@ from merv_fast.kernels import _blend, _gemm, pool_project_fuse, pool_tokens
 from merv_fast.modules import Tail, build_fusion, build_projector
 from merv_fast.ops import pool_project_fuse as pool_project_fuse_op
 from tests.budgets import TRAINING, low_precision, relative_error
-from tests.kernels.drawing import drawn
+from tests.kernels.drawing import drawn, laid_out, layouts
 from tests.kernels.schedules import scheduled
 from tests.kernels.test_gemm import DTYPES, TILE
 from tests.ops.tails import SHAPES, case, flat, tensors_of, to
@@ -53,20 +53,26 @@ def shapes(draw):
     return draw(st.integers(1, 3)), slots, grids, out_grid, t, widths, draw(width)
 
 
-@drawn(10)
-@given(shape=shapes(), dtype=st.sampled_from(DTYPES))
-def test_any_shape(device, shape, dtype):
+def arguments_of(device, shape, dtype, layouts):
     arguments = on(device, flat(case(shape, dtype)))
-    right = op.reference(*on(device, flat(to(case(shape, dtype), torch.float64))))
+    tensors, E, n = laid_out(tensors_of(arguments), layouts), len(arguments[0]), len(arguments[1])
+    return tensors[:E], tensors[E : E + n], tensors[E + n : E + 2 * n], *tensors[E + 2 * n :], *arguments[5:]
+
+
+@drawn(10)
+@given(shape=shapes(), dtype=st.sampled_from(DTYPES), layouts=layouts())
+def test_any_shape_and_strides(device, shape, dtype, layouts):
+    arguments = arguments_of(device, shape, dtype, layouts)
+    right = op.reference(*to(arguments, torch.float64))
     check(pool_project_fuse.launch(*arguments), op.reference(*arguments), right)
 
 
 @drawn(8)
-@given(shape=shapes(), dtype=st.sampled_from(DTYPES), needs_xs=st.booleans())
-def test_backward_of_any_shape(device, shape, dtype, needs_xs):
-    xs, weights, biases, query, bias, *how = on(device, flat(case(shape, dtype)))
+@given(shape=shapes(), dtype=st.sampled_from(DTYPES), needs_xs=st.booleans(), layouts=layouts())
+def test_backward_of_any_shape_and_strides(device, shape, dtype, needs_xs, layouts):
+    xs, weights, biases, query, bias, *how = arguments_of(device, shape, dtype, layouts)
     tokens, w = op.reference(xs, weights, biases, query, bias, *how)
-    grads = torch.randn_like(tokens), torch.randn_like(w)
+    grads = laid_out([torch.randn_like(tokens), torch.randn_like(w)], layouts)
 
     def gradients(formulas, dtype):
         parts = [[t.to(dtype) for t in ts] for ts in (xs, weights, biases)]

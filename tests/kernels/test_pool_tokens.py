@@ -10,7 +10,7 @@ from torch import Tensor
 
 from merv_fast.kernels import pool_tokens as kernels
 from tests.budgets import float32_sum, low_precision
-from tests.kernels.drawing import drawn
+from tests.kernels.drawing import CONTIGUOUS, drawn, laid_out, layouts
 from tests.kernels.memory import far_apart
 
 # The package exports the function under the module's name.
@@ -36,9 +36,10 @@ def check(got: Tensor, arguments: tuple, reference) -> None:
     assert (got.double() - exact).abs().max() <= low_precision(reference(*arguments), exact)
 
 
-def check_both(x: Tensor, grid, out_grid, out_slots: int) -> None:
-    check(kernels.launch(x, grid, out_grid, out_slots), (x, grid, out_grid, out_slots), op.reference)
+def check_both(x: Tensor, grid, out_grid, out_slots: int, layouts=CONTIGUOUS) -> None:
     grad = torch.randn(len(x), out_slots, out_grid[0] * out_grid[1], x.shape[3]).to(x)
+    x, grad = laid_out([x, grad], layouts)
+    check(kernels.launch(x, grid, out_grid, out_slots), (x, grid, out_grid, out_slots), op.reference)
     got = kernels.launch_backward(grad, grid, out_grid, x.shape[1])
     check(got, (grad, grid, out_grid, x.shape[1]), op.reference_backward)
 
@@ -55,16 +56,17 @@ side = st.integers(1, 7)
     out_grid=st.tuples(side, side),
     C=st.integers(1, 80),
     dtype=st.sampled_from(LOW),
+    layouts=layouts(),
 )
-@example(B=2, T=2, t=2, grid=(14, 14), out_grid=(8, 8), C=65, dtype=torch.float16)
-@example(B=1, T=3, t=2, grid=(5, 7), out_grid=(2, 3), C=769, dtype=torch.bfloat16)
-@example(B=1, T=1, t=1, grid=(16, 16), out_grid=(1, 1), C=8, dtype=torch.float32)
-def test_any_shape(device, B, T, t, grid, out_grid, C, dtype):
+@example(B=2, T=2, t=2, grid=(14, 14), out_grid=(8, 8), C=65, dtype=torch.float16, layouts=CONTIGUOUS)
+@example(B=1, T=3, t=2, grid=(5, 7), out_grid=(2, 3), C=769, dtype=torch.bfloat16, layouts=CONTIGUOUS)
+@example(B=1, T=1, t=1, grid=(16, 16), out_grid=(1, 1), C=8, dtype=torch.float32, layouts=CONTIGUOUS)
+def test_any_shape_and_strides(device, B, T, t, grid, out_grid, C, dtype, layouts):
     torch.manual_seed(0)
-    check_both(torch.randn(B, T, grid[0] * grid[1], C, device=device).to(dtype), grid, out_grid, t)
+    check_both(torch.randn(B, T, grid[0] * grid[1], C, device=device).to(dtype), grid, out_grid, t, layouts)
 
 
-def test_any_strides(device):
+def test_views(device):
     torch.manual_seed(0)
     tokens = torch.randn(2, 3, 21, 24, device=device)
     check_both(tokens[:, :, 1:, 3:20], (4, 5), (2, 2), 3)
