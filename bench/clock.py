@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from merv_fast.remembered import Constants
+
 __all__ = ["THREADS", "Timing", "capture", "measure", "pin_threads", "spread", "take_turns"]
 
 Call = Callable[[], Any]
@@ -121,18 +123,24 @@ def siblings(cpu: int) -> str:
 
 
 def capture(call: Call) -> Call:
-    """``call``, captured as a CUDA graph: what is returned replays it."""
+    """``call``, captured as a CUDA graph: what is returned replays it, weights being what they are now."""
+    constants = Constants()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    with torch.cuda.stream(side), constants:
         # Compiles kernels and makes handles, which a capture may not.
         for _ in range(2):
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side), constants:
         call()
-    return graph.replay
+
+    # What the graph reads lives as long as this.
+    def replay(constants: Constants = constants) -> None:
+        graph.replay()
+
+    return replay
 
 
 @lru_cache(maxsize=1)

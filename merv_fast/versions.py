@@ -18,6 +18,9 @@ class Versions:
     what is computed then has no value yet, and what was computed before may be gone when the graph is replayed.
     Nor on another CUDA stream, which has not waited for what was computed.
 
+    Attributes:
+        captured: whether this was a moment of a capture.
+
     >>> import torch
     >>> weight = torch.ones(2)
     >>> versions = Versions([weight])
@@ -30,19 +33,27 @@ class Versions:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = [ref(tensor) for tensor in tensors]
-        self.counts = None if _capturing() else _counts(tensors)
+        self.captured = _capturing()
+        self.counts = None if self.captured else _counts(tensors)
         self.stream = _stream(tensors)
 
-    def same(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether ``tensors`` are those, in the same memory, and have not been written to since."""
+    def same(self, tensors: Sequence[Tensor], in_capture: bool = False) -> bool:
+        """Whether ``tensors`` are those, in the same memory, and have not been written to since.
+
+        With ``in_capture`` also while a graph is captured: what was computed is then kept for it.
+        """
         return (
-            self.counts is not None
-            and not _capturing()
+            (in_capture or not _capturing())
             and self.stream == _stream(tensors)
             and len(tensors) == len(self.tensors)
             and all(mine() is tensor for mine, tensor in zip(self.tensors, tensors, strict=True))
-            and self.counts == _counts(tensors)
+            and self.unchanged()
         )
+
+    def unchanged(self) -> bool:
+        """Whether all of them are still there, in the same memory, and have not been written to since."""
+        tensors = [tensor for mine in self.tensors if (tensor := mine()) is not None]
+        return self.counts is not None and self.counts == _counts(tensors)
 
 
 def _capturing() -> bool:

@@ -12,14 +12,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from merv_fast.kernels._gemm import is_dependent, project, project_weighed, score_chunks
 from merv_fast.kernels._launch import Cost
 from merv_fast.kernels.pool_project import cost as pool_project_cost
 from merv_fast.kernels.pool_project import token_buffers
 from merv_fast.kernels.pool_tokens import pool
-from merv_fast.versions import Versions
+from merv_fast.remembered import Remembered
 
 __all__ = ["cost", "launch"]
 
@@ -65,11 +64,7 @@ def remembered_scoring(
     in training, costs nothing to remember.
     """
     tensors = [*weights, *biases, query, bias]
-    versions, result = _REMEMBERED.get(query, (None, None))
-    if versions is None or not versions.same(tensors):
-        result = scoring(weights, biases, query, bias)
-        _REMEMBERED[query] = Versions(tensors), result
-    return result
+    return _SCORING.get(query, tensors, lambda: scoring(weights, biases, query, bias))
 
 
 def scoring(
@@ -80,8 +75,8 @@ def scoring(
     return [q @ weight.float() for weight in weights], torch.stack([b.float() @ q for b in biases]) + bias.float()
 
 
-_REMEMBERED = WeakIdKeyDictionary()
-"""query -> (versions, scoring); an entry goes with its query."""
+_SCORING = Remembered()
+"""`scoring` by query."""
 
 
 def cost(

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from math import sqrt
 from typing import Self
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from merv_fast import ops
 from merv_fast.modules.joining import Fusion
 from merv_fast.ops._autocast import without_autocast
-from merv_fast.versions import Versions
+from merv_fast.remembered import Remembered
 
 __all__ = ["CrossAttentionFusion", "ScalarFusion", "WeighingFusion", "convert_fusion_state_dict"]
 
@@ -46,13 +45,12 @@ class WeighingFusion(Fusion):
         needs_grad = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
         if needs_grad or torch.compiler.is_compiling():
             return self._fold_in(dtype)
-        versions, made = _FOLDED.get(self, (None, None))
-        if versions is None or made is None or made[0].dtype != dtype or not versions.same(parameters):
-            # What is made in inference mode has no version by which the op could know it again.
-            with torch.inference_mode(False), torch.no_grad():
-                made = self._fold_in(dtype)
-            _FOLDED[self] = Versions(parameters), made
-        return made
+        return _FOLDED.get(self, parameters, lambda: self._fold_to_keep(dtype), tag=dtype)
+
+    def _fold_to_keep(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        # What is made in inference mode has no version by which the op could know it again.
+        with torch.inference_mode(False), torch.no_grad():
+            return self._fold_in(dtype)
 
     def _fold_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         with without_autocast(next(self.parameters())):
@@ -61,7 +59,7 @@ class WeighingFusion(Fusion):
 
     def train(self, mode: bool = True) -> Self:
         """As in torch.nn.Module; what was kept of the parameters is made again."""
-        _FOLDED.pop(self, None)
+        _FOLDED.forget(self)
         return super().train(mode)
 
     def output_tokens(self, tokens_per_encoder: Sequence[int]) -> int:
@@ -81,7 +79,7 @@ class WeighingFusion(Fusion):
         return ops.fuse_encoders(list(values), query, bias)
 
 
-_FOLDED: WeakKeyDictionary[WeighingFusion, tuple[Versions, tuple[Tensor, Tensor]]] = WeakKeyDictionary()
+_FOLDED = Remembered()
 """What `folded` keeps of each module; outside of them, so that they can be copied and pickled."""
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from merv_fast.remembered import Constants
 from merv_fast.runtime.concurrent import kept
 from merv_fast.runtime.parts import Parts
 from merv_fast.runtime.streams import Streams, _CudaStreams
@@ -180,6 +181,7 @@ class Bucket:
         shapes: of the inputs.
         buffer_bytes: of ``buffers``.
         grown: bytes by which PyTorch's memory grew with the capture: less, if there was room in what graphs share.
+        constants: what the graph reads of what was computed from weights before.
         replays: how many there were.
         used: when the last one was, in calls of the pool.
     """
@@ -190,6 +192,7 @@ class Bucket:
     shapes: list[list[int]]
     buffer_bytes: int
     grown: int
+    constants: Constants
     replays: int = 0
     used: int = 0
 
@@ -209,8 +212,9 @@ class GraphedCall:
 
     Outputs are the caller's: they are copied out, so that no later call writes to them. Weights are read where they
     are: a replay sees what an optimiser wrote to them. When one is somewhere else than before, or the module has other
-    parts, another mode or another attention, all graphs are dropped and shapes are captured anew. Of hooks, and of
-    what else Python does in ``call``, a replay knows nothing.
+    parts, another mode or another attention, all graphs are dropped and shapes are captured anew; so is a graph that
+    reads what was computed before from weights alone, once those are written to. Of hooks, and of what else Python
+    does in ``call``, a replay knows nothing.
 
     What cannot be captured is found out when the object is made, and by `try_out`; ``obstacle`` says why. Otherwise
     ``call`` runs plainly, which is counted and, at the first time, logged, only
@@ -356,6 +360,8 @@ class GraphedCall:
             return Refusal(f"inputs must not be empty, and on {self._device}")
         key = (tuple((x.shape, x.stride(), x.dtype) for x in inputs), settings(self._device))
         self.pool.now += 1
+        if key in self._buckets and not self._buckets[key].constants.hold():
+            self._drop(key)
         if key not in self._buckets:
             return self._refusal(key) or self._add(key, inputs)
         self._buckets.move_to_end(key)
@@ -404,11 +410,13 @@ class GraphedCall:
         graphs, device = self.graphs, self._device
         caller, side = graphs.current(device), graphs.side(device, REPLAYS)
         autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+        constants = Constants()
         # Tensors of inference mode could not be written to outside of it. Autocast's cache would free what it cast.
         with (
             torch.inference_mode(False),
             torch.no_grad(),
             torch.autocast(device.type, autocast[1], autocast[0], cache_enabled=False),
+            constants,
         ):
             try:
                 with graphs.use(side):
@@ -426,7 +434,7 @@ class GraphedCall:
             finally:
                 graphs.wait(caller, side)
         taken = sum(x.untyped_storage().nbytes() for x in buffers)
-        return Bucket(graph, buffers, outputs, [list(x.shape) for x in inputs], taken, grown)
+        return Bucket(graph, buffers, outputs, [list(x.shape) for x in inputs], taken, grown, constants)
 
     def _replay(self, bucket: Bucket, inputs: Sequence[Tensor]) -> Any:
         graphs = self.graphs

@@ -748,15 +748,50 @@ def test_lanes_and_costs_hold_for_captures(graphs, front_end):
     assert {waiting for waiting, _ in graphs.waits} == {"caller", "cpu/-1", "cuda:0/0"}
 
 
-def test_the_query_is_folded_in_the_graph(graphs, front_end, monkeypatch):
+def write(tail):
+    tail.fusion.Q.mul_(2)
+
+
+def write_unseen(tail):
+    # PyTorch counts no such write: `eval` says that there was one.
+    tail.fusion.Q.data.mul_(2)
+    tail.eval()
+
+
+@pytest.mark.parametrize("change", [write, write_unseen])
+def test_the_query_is_folded_once_and_again_when_it_was_written_to(graphs, front_end, monkeypatch, change):
     encoders, tail = front_end
     folded, fold = [], tail.fusion.fold
     monkeypatch.setattr(tail.fusion, "fold", lambda: folded.append(graphs.in_capture) or fold())
     # CUDA is told by the stream.
     monkeypatch.setattr(merv_fast.versions, "_capturing", lambda: graphs.in_capture)
-    FrontEndGraphs(prepared(graphs), encoders, tail, 2, graphs=graphs)
-    # In the captures of the tail and of the whole, so that replays do it with the weights of their time.
-    assert folded.count(True) == 2
+    stream = [0]
+    monkeypatch.setattr(merv_fast.versions, "_stream", lambda tensors: stream[0])
+    made = FrontEndGraphs(prepared(graphs), encoders, tail, 2, graphs=graphs)
+    assert folded == [False]
+    features = [torch.randn(1, 2, 36, width) for width in (24, 16)]
+
+    def right():
+        for x in features:
+            graphs.write(x)
+        got = made.fuse(features)
+        # On a stream of its own the plain call folds for itself.
+        stream[0] = 1
+        expected = tail(features)
+        stream[0] = 0
+        return all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+
+    with torch.no_grad():
+        assert right()
+        captures = graphs.captures
+        assert right()
+        assert graphs.captures == captures
+        change(tail)
+        assert right()
+        assert graphs.captures == captures + 1
+        assert right()
+        assert graphs.captures == captures + 1
+    assert not any(folded)
 
 
 def test_a_trial_that_fails_leaves_all_of_it_plain(graphs, front_end):
