@@ -21,6 +21,9 @@ EIGHT_BIT_WEIGHTS = 2**-6
 TRAINING = 1e-4
 """Relative to the first loss, float32: gradients differ by a few 1e-7, and 200 steps of descent add up at most."""
 
+INDUCTOR = 1e-5
+"""Relative, float32: its exp, sin and tanh may be off by an ulp or two, which sums of a hundred products carry on."""
+
 RGB_LEVELS = 3
 """Of 255: Y, Cb and Cr rounded to 8 bits are off by 1/2 each, so
 BT.709's blue = 1.164 Y + 2.112 Cb by 1.64, and libswscale's own rounding adds up to 1."""

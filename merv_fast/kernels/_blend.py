@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from merv_fast.kernels._launch import capability, unit_stride
+from merv_fast.kernels._launch import capability, cdiv, unit_stride
 
 __all__ = ["Launch", "blend", "dots"]
 
@@ -99,7 +99,7 @@ def dots(grads: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[Tensor, Ten
     E, B, choice = len(values), values[0].shape[0], DOTS[capability()]
     grads, values = [unit_stride(grad) for grad in grads], [unit_stride(value) for value in values]
     lengths, widths = tuple(value.shape[1] for value in values), tuple(value.shape[2] for value in values)
-    s_tiles, d_tiles = triton.cdiv(max(lengths), choice.block_s), triton.cdiv(max(widths), choice.block_d)
+    s_tiles, d_tiles = cdiv(max(lengths), choice.block_s), cdiv(max(widths), choice.block_d)
     partials = torch.empty(B, E, s_tiles * d_tiles, dtype=torch.float32, device=values[0].device)
     means = torch.empty(B, s_tiles, sum(widths), dtype=torch.float32, device=values[0].device)
     dots_kernel[(partials.numel(),)](
@@ -152,7 +152,7 @@ def blend(
     inputs, outs = [unit_stride(x) for x in (*grads, *values)], (*dvalues, *weighed)
     N, E, B, choice = len(inputs), w.shape[1], w.shape[0], BLEND[capability()]
     lengths, widths = tuple(x.shape[1] for x in inputs), tuple(x.shape[2] for x in inputs)
-    s_tiles, d_tiles = triton.cdiv(max(lengths), choice.block_s), triton.cdiv(max(widths), choice.block_d)
+    s_tiles, d_tiles = cdiv(max(lengths), choice.block_s), cdiv(max(widths), choice.block_d)
     w = w.contiguous()
     blend_kernel[(B * N * s_tiles * d_tiles,)](
         tuple(inputs),

@@ -32,7 +32,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from merv_fast.kernels._launch import capability, dependent_launches, processors
+from merv_fast.kernels._launch import capability, cdiv, dependent_launches, power_of_2, processors
 from merv_fast.kernels._weighing import encoder_scores, pick, softmax
 
 __all__ = ["ALIGNMENT", "LAUNCHES", "Launch", "aligned", "is_dependent", "project", "project_weighed", "score_chunks"]
@@ -227,7 +227,7 @@ def is_dependent(B: int, S: int, N: int, dtype: torch.dtype, gelu: bool = False)
 def score_chunks(B: int, S: int, N: int, dtype: torch.dtype) -> int:
     """How many partial scores a video gets from `project`."""
     choice = choose(B, S, N, dtype, gelu=True)
-    return triton.cdiv(S, choice.block_m) * triton.cdiv(N, choice.block_n)
+    return cdiv(S, choice.block_m) * cdiv(N, choice.block_n)
 
 
 def _run(
@@ -242,7 +242,7 @@ def _run(
     xs, ws = [aligned(x) for x in xs], [aligned(w) for w in ws]
     biases = [bias.contiguous() for bias in biases]
     choice = choose(B, S, N, xs[0].dtype, gelu)
-    m_tiles, n_tiles = triton.cdiv(S, choice.block_m), triton.cdiv(N, choice.block_n)
+    m_tiles, n_tiles = cdiv(S, choice.block_m), cdiv(N, choice.block_n)
     out = torch.empty(B, S, N, dtype=xs[0].dtype, device=xs[0].device)
     weights = torch.empty(B, E if weighing else 0, dtype=torch.float32, device=out.device)
     partials, chunks, offsets = weighing or (weights, (0,) * E, weights)
@@ -278,7 +278,7 @@ def _run(
         n_tiles,
         partials.shape[-1],
         E=E,
-        E_POWER=max(2, triton.next_power_of_2(E)),
+        E_POWER=power_of_2(max(E, 2)),
         WEIGHED=weighing is not None,
         GELU=gelu,
         SCORES=score is not None,
@@ -308,7 +308,7 @@ def choose(B: int, S: int, N: int, dtype: torch.dtype, gelu: bool) -> Launch:
     if gelu:
         return table["gelu"]
     large = table["large"]
-    tiles = B * triton.cdiv(S, large.block_m) * triton.cdiv(N, large.block_n)
+    tiles = B * cdiv(S, large.block_m) * cdiv(N, large.block_n)
     return large if tiles >= ENOUGH_TILES else table["small"]
 
 

@@ -6,7 +6,16 @@ from typing import NamedTuple
 import triton
 from torch import Tensor
 
-__all__ = ["Cost", "capability", "dependent_launches", "divisible", "processors", "unit_stride"]
+__all__ = [
+    "Cost",
+    "capability",
+    "cdiv",
+    "dependent_launches",
+    "divisible",
+    "power_of_2",
+    "processors",
+    "unit_stride",
+]
 
 
 def capability() -> int:
@@ -17,6 +26,11 @@ def capability() -> int:
     """
     if triton.knobs.runtime.interpret:
         return 80
+    return _capability(triton.runtime.driver.active.get_current_device())
+
+
+@lru_cache(maxsize=64)
+def _capability(device: int) -> int:
     return {9: 90, 10: 100}.get(triton.runtime.driver.active.get_current_target().arch // 10, 80)
 
 
@@ -35,6 +49,16 @@ def processors() -> int:
 @lru_cache(maxsize=64)
 def _processors(device: int) -> int:
     return triton.runtime.driver.active.utils.get_device_properties(device)["multiprocessor_count"]
+
+
+def cdiv(x: int, y: int) -> int:
+    """x / y, rounded up. Triton's own costs microseconds where it is called from Python; so does the next one."""
+    return -(-x // y)
+
+
+def power_of_2(n: int) -> int:
+    """The least that is not below ``n``, from 1 on."""
+    return 1 << (n - 1).bit_length()
 
 
 def divisible(*sizes: int) -> bool:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from merv_fast.kernels._blend import Launch, blend, dots, load_tile, tile_of
-from merv_fast.kernels._launch import Cost, capability, divisible, unit_stride
+from merv_fast.kernels._launch import Cost, capability, cdiv, divisible, power_of_2, unit_stride
 from merv_fast.kernels._weighing import encoder_weights, pick
 
 __all__ = ["cost", "launch", "launch_backward"]
@@ -82,8 +82,8 @@ def launch(values: Sequence[Tensor], query: Tensor, bias: Tensor) -> tuple[Tenso
     strides_vb, strides_vs = tuple(value.stride(0) for value in values), tuple(value.stride(1) for value in values)
 
     choice = SCORES[capability()]
-    s_tiles, d_tiles = triton.cdiv(S, choice.block_s), triton.cdiv(D, choice.block_d)
-    chunks = tuple(triton.cdiv(length, choice.block_s) * d_tiles for length in lengths)
+    s_tiles, d_tiles = cdiv(S, choice.block_s), cdiv(D, choice.block_d)
+    chunks = tuple(cdiv(length, choice.block_s) * d_tiles for length in lengths)
     partials = torch.empty(B, E, max(chunks), dtype=torch.float32, device=query.device)
     scores_kernel[(partials.numel(),)](
         tuple(values),
@@ -104,7 +104,7 @@ def launch(values: Sequence[Tensor], query: Tensor, bias: Tensor) -> tuple[Tenso
     )
 
     choice = SUM[capability()]
-    s_tiles, d_tiles = triton.cdiv(S, choice.block_s), triton.cdiv(D, choice.block_d)
+    s_tiles, d_tiles = cdiv(S, choice.block_s), cdiv(D, choice.block_d)
     tokens = torch.empty(B, S, D, dtype=query.dtype, device=query.device)
     weights = torch.empty(B, E, dtype=torch.float32, device=query.device)
     sum_kernel[(B * s_tiles * d_tiles,)](
@@ -124,7 +124,7 @@ def launch(values: Sequence[Tensor], query: Tensor, bias: Tensor) -> tuple[Tenso
         s_tiles,
         d_tiles,
         E=E,
-        E_POWER=triton.next_power_of_2(max(E, 2)),
+        E_POWER=power_of_2(max(E, 2)),
         BLOCK_S=choice.block_s,
         BLOCK_D=choice.block_d,
         num_warps=choice.num_warps,

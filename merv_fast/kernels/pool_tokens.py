@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from merv_fast.kernels._launch import Cost, capability, divisible, unit_stride
+from merv_fast.kernels._launch import Cost, capability, cdiv, divisible, unit_stride
 
 __all__ = ["cost", "launch", "launch_backward", "pool"]
 
@@ -156,7 +156,7 @@ def pool(
         choice = choice._replace(block_s=max(1, choice.block_s // parts))
     widths = tuple(out.shape[2] for out in outs)
     (h, w), S = out_grid, out_slots * out_grid[0] * out_grid[1]
-    chunks = [triton.cdiv(S, choice.block_s) * triton.cdiv(C, choice.block_c) for C in widths]
+    chunks = [cdiv(S, choice.block_s) * cdiv(C, choice.block_c) for C in widths]
     first_programs = (0, *(B * sum(chunks[: e + 1]) for e in range(E)))
     bins = [(widest_bin(H, h), widest_bin(W, w)) for H, W in grids]
     scores = score_vectors is not None

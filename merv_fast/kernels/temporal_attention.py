@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from merv_fast.kernels._launch import Cost, capability, unit_stride
+from merv_fast.kernels._launch import Cost, capability, cdiv, power_of_2, unit_stride
 
 __all__ = ["cost", "launch", "launch_backward"]
 
@@ -187,10 +187,10 @@ def launch(qkv: Tensor, heads: int, window: int) -> Tensor:
     slots, N, width = qkv.shape
     d = width // (3 * heads)
     # A loop over keys carries sums, and masked channels carry masks: a thread then holds half as much.
-    whole = window <= choice.keys and d == triton.next_power_of_2(d)
+    whole = window <= choice.keys and d == power_of_2(d)
     W, R, D = tile(window, d, vector(qkv, d), HELD[capability()] if whole else 32, choice)
     out = qkv.new_empty(slots, N, heads * d)
-    attend_kernel[(slots // window * triton.cdiv(window, W) * triton.cdiv(N * heads, R),)](
+    attend_kernel[(slots // window * cdiv(window, W) * cdiv(N * heads, R),)](
         qkv,
         out,
         qkv.stride(0),
@@ -217,12 +217,12 @@ def launch_backward(grad: Tensor, qkv: Tensor, heads: int, window: int) -> Tenso
     slots, N, width = qkv.shape
     d = width // (3 * heads)
     # Beside q there are g and dq: a thread can hold half of what it does in the forward.
-    V = min(max(4, triton.next_power_of_2(d) // 32), vector(qkv, d), vector(grad, d))
-    W, R, D = tile(window, d, V, 32 if d == triton.next_power_of_2(d) else 16, choice)
+    V = min(max(4, power_of_2(d) // 32), vector(qkv, d), vector(grad, d))
+    W, R, D = tile(window, d, V, 32 if d == power_of_2(d) else 16, choice)
     dqkv = qkv.new_empty(qkv.shape)
     sums = None if window <= W else torch.zeros(slots, N, 2 * heads * d, dtype=torch.float32, device=qkv.device)
     for first_query in range(0, window, W):
-        attend_backward_kernel[(slots // window * triton.cdiv(N * heads, R),)](
+        attend_backward_kernel[(slots // window * cdiv(N * heads, R),)](
             grad,
             qkv,
             dqkv,
@@ -258,9 +258,9 @@ class Tile(NamedTuple):
 
 def tile(window: int, d: int, vector: int, most: int, choice: Launch) -> Tile:
     """A row to as many lanes as its vectors take, and at most ``most`` of its elements to a thread."""
-    D = triton.next_power_of_2(d)
+    D = power_of_2(d)
     lanes = min(32, max(1, D // vector))
-    W = min(choice.slots, triton.next_power_of_2(window), max(1, most * lanes // D))
+    W = min(choice.slots, power_of_2(window), max(1, most * lanes // D))
     return Tile(W, choice.num_warps * 32 // lanes, D)
 
 

@@ -18,6 +18,7 @@ STAGES = [
     "tests-csrc",
     "tests-runtime",
     "tests-training",
+    "tests-inductor",
     "launches",
     "kernels",
     "attention",
