@@ -60,7 +60,6 @@ stage tests-runtime 120 bash -c 'pytest tests/runtime/test_graphs.py tests/runti
     tests/modules/test_fp8.py tests/modules/test_attention.py tests/integrations/swaps/test_on_gpu.py &&
     pytest tests/models/test_front_end_graphs.py tests/encoders/test_encoder_attention.py tests/test_versions.py \
         -k "on_a_gpu or of_a_gpu"' &
-stage tests-training 120 bash -c 'pytest -m slow tests/kernels' &
 stage tests-inductor 180 bash -c 'pytest -n 6 -m slow tests/ops/test_inductor.py' &
 # Compiles what the sanitizer is to see, so that it sees no compiler.
 stage launches 120 "$PYTHON" -m bench.sanitize

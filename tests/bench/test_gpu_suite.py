@@ -17,7 +17,6 @@ STAGES = [
     "build",
     "tests-csrc",
     "tests-runtime",
-    "tests-training",
     "tests-inductor",
     "launches",
     "kernels",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from merv_fast.kernels import _blend, _gemm, pool_project_fuse, pool_tokens
 from merv_fast.modules import Tail, build_fusion, build_projector
@@ -170,33 +170,39 @@ def test_the_pooling_lets_a_dependent_layer_begin(device, layers, monkeypatch):
     assert told == [layers == 2]
 
 
-def tail(fusion: str = "cross_attention_avg_lq") -> Tail:
-    torch.manual_seed(0)
+def tail(seed: int = 0) -> Tail:
+    torch.manual_seed(seed)
     projectors = [build_projector("avg+linear", C, 16, 4, slots=1, grid=(3, 3)) for C in (12, 20)]
-    return Tail(projectors, build_fusion(fusion, 2, llm_width=16, query_width=8))
+    return Tail(projectors, build_fusion("cross_attention_avg_lq", 2, llm_width=16, query_width=8))
 
 
-def train(tail: Tail, device: str, steps: int) -> list[float]:
-    """Losses of gradient descent towards the tokens of another tail, on features that do not change."""
-    torch.manual_seed(1)
-    xs = [torch.randn(2, 1, 9, C, device=device) for C in (12, 20)]
-    goal = torch.randn(2, 4, 16, device=device)
-    optimiser, losses = torch.optim.SGD(tail.parameters(), lr=0.1, momentum=0.9), []
-    for _ in range(steps):
+def lessons(steps: int) -> list[tuple[list[Tensor], Tensor]]:
+    """Features, and the tokens that another tail makes of them, with noise that cannot be learnt."""
+    teacher = tail(seed=1)
+    with torch.no_grad():
+        drawn = [[torch.randn(1, 1, 9, C) for C in (12, 20)] for _ in range(steps)]
+        return [(xs, (tokens := teacher(xs)[0]) + torch.randn_like(tokens) / 10) for xs in drawn]
+
+
+def train(tail: Tail, lessons: list[tuple[list[Tensor], Tensor]], device: str) -> list[float]:
+    """Losses of gradient descent, a step a lesson."""
+    optimiser, losses = torch.optim.SGD(tail.parameters(), lr=0.3, momentum=0.9), []
+    for xs, goal in lessons:
         optimiser.zero_grad()
-        loss = nn.functional.mse_loss(tail(xs)[0], goal)
+        loss = nn.functional.mse_loss(tail([x.to(device) for x in xs])[0], goal.to(device))
         loss.backward()
         optimiser.step()
         losses.append(loss.item())
     return losses
 
 
-@pytest.mark.parametrize("steps", [15, pytest.param(200, marks=pytest.mark.slow)])
-def test_training_follows_the_reference(device, request, steps):
-    plain = torch.tensor(train(tail(), "cpu", steps))
+def test_two_hundred_steps_of_training_follow_the_reference(device, request):
+    data = lessons(200)
+    plain = torch.tensor(train(tail(), data, "cpu"))
     request.getfixturevalue("kernels_serve")
-    losses = torch.tensor(train(tail().to(device), device, steps))
-    assert losses[-1] < losses[0] * 0.6
+    losses = torch.tensor(train(tail().to(device), data, device))
+    # What is left is the noise, a fourteenth of the first loss.
+    assert losses[-8:].mean() < losses[0] * 0.15
     assert relative_error(losses, plain) <= TRAINING
 
 
