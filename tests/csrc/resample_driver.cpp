@@ -69,10 +69,11 @@ int main() {
     const Buffer in = buffer(bytes);
     if (std::fread(in.get(), 1, bytes, stdin) != static_cast<size_t>(bytes)) return 1;
     const int64_t samples = rows * columns * C;
-    const Buffer out = buffer(count * samples), planes = buffer(count * samples * 2);
-    // Level v of channel c is 256 c + v, so that a wrong channel shows.
-    std::vector<uint16_t> levels(256 * C);
-    for (size_t i = 0; i < levels.size(); ++i) levels[i] = static_cast<uint16_t>(i);
+    const Buffer out = buffer(count * samples);
+    const Buffer planes = buffer(count * samples * 2), others = buffer(count * samples * 2);
+    // Level v of channel c is 256 c + v, so that a wrong channel shows, and its complement in another table.
+    std::vector<uint16_t> levels(256 * C), complements(256 * C);
+    for (size_t i = 0; i < levels.size(); ++i) complements[i] = ~(levels[i] = static_cast<uint16_t>(i));
     if (on_cuda) {
       cuda::ResizePlan plan(H, W, h, w, filter, crop);
       if (plan.passes.horizontal && C == 3 && (plan.tile_columns > 0) != (fits != 0)) return 2;
@@ -82,9 +83,9 @@ int main() {
                                       plan.bytes.data()};
       cuda::Down last{};
       if (with_levels) {
-        last.tables = 1;
-        last.levels[0] = levels.data();
-        last.planes[0] = planes.get();
+        last.tables = 2;
+        last.levels[0] = levels.data(), last.levels[1] = complements.data();
+        last.planes[0] = planes.get(), last.planes[1] = others.get();
       }
       HostQueue queue;
       cuda::resize(plan, tables, {in.get() + offset, count, frame_stride, row_stride, W, C}, out.get(), last, queue);
@@ -95,10 +96,12 @@ int main() {
         resample(in.get() + offset + f * frame_stride, row_stride, C, 1, out.get() + f * samples, scratch);
         look_up_levels(out.get() + f * samples, rows * columns, C, levels.data(),
                        reinterpret_cast<uint16_t*>(planes.get()) + f * samples);
+        look_up_levels(out.get() + f * samples, rows * columns, C, complements.data(),
+                       reinterpret_cast<uint16_t*>(others.get()) + f * samples);
       }
     }
     if (with_levels)
-      std::fwrite(planes.get(), 2, count * samples, stdout);
+      for (const Buffer* looked_up : {&planes, &others}) std::fwrite(looked_up->get(), 2, count * samples, stdout);
     else
       std::fwrite(out.get(), 1, count * samples, stdout);
   }

@@ -44,14 +44,19 @@ def views():
     yield torch.empty(1, 6).expand(4, 6)
 
 
-@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
-def test_even_spacing(tmp_path):
-    program, cases = tmp_path / "spacing", list(views())
-    (tmp_path / "spacing.cpp").write_text(SOURCE)
+@pytest.fixture
+def program(tmp_path):
+    if COMPILER is None:
+        pytest.skip("needs a C++ compiler")
+    source, program = tmp_path / "spacing.cpp", tmp_path / "spacing"
+    source.write_text(SOURCE)
     flags = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-fsanitize=address,undefined"]
-    subprocess.run(
-        [COMPILER, *flags, f"-I{CSRC / 'include'}", str(tmp_path / "spacing.cpp"), "-o", str(program)], check=True
-    )
+    subprocess.run([COMPILER, *flags, f"-I{CSRC / 'include'}", str(source), "-o", str(program)], check=True)
+    return program
+
+
+def test_even_spacing(program):
+    cases = list(views())
     text = "".join(" ".join(map(str, (x.dim(), *x.shape, *x.stride()))) + "\n" for x in cases)
     done = subprocess.run([program], input=text, capture_output=True, text=True, timeout=60, check=True)
     lines = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]

@@ -1,17 +1,8 @@
 """The changes that `mutate` makes, each one line that the tests must notice."""
 
-from typing import NamedTuple
+from tests.mutate import Mutation
 
-__all__ = ["MUTATIONS", "Mutation"]
-
-
-class Mutation(NamedTuple):
-    """In ``file`` the text ``old``, which stands there once, becomes ``new``; ``tests`` must then fail."""
-
-    file: str
-    tests: str
-    old: str
-    new: str
+__all__ = ["MUTATIONS"]
 
 
 def of(file: str, tests: str, *changes: tuple[str, str]) -> list[Mutation]:

@@ -116,8 +116,8 @@ def test_any_strides():
     views = [torch.stack([v, v], 3).permute(2, 1, 0, 3)[..., 0].permute(2, 1, 0) for v in values]
     views[1] = values[1][:, :1].expand(2, 12, 16)
     copies = [view.clone(memory_format=torch.contiguous_format) for view in views]
-    strided_query = torch.stack([query, query], 1)[:, 0]
-    for got, expected in zip(fuse_encoders(views, strided_query, bias), stacked(copies, query, bias), strict=True):
+    strided = [torch.stack([vector, vector], 1)[:, 0] for vector in (query, bias)]
+    for got, expected in zip(fuse_encoders(views, *strided), stacked(copies, query, bias), strict=True):
         assert got.is_contiguous()
         assert relative_error(got, expected) <= FLOAT64
 

@@ -106,6 +106,7 @@ def test_long_clip_is_cut_into_chunks(monkeypatch, size):
 def test_any_strides():
     frames = noise(3, 2, 40, 30)
     views = [frames.permute(1, 2, 3, 0), frames[..., ::2].transpose(0, 3), frames[:1].expand(5, 2, 40, 30)]
+    views += [frames[..., ::2, :], frames[..., 1:4]]
     for view in views:
         assert torch.equal(resample_frames(view, (7, 8)), resample_frames(view.contiguous(), (7, 8)))
 

@@ -7,7 +7,7 @@
 namespace merv_fast {
 
 // Whether one step of `stride` leads from each element of these dimensions, the last counting fastest, to the next;
-// dimensions of a single element lead nowhere. Of one element altogether, or none, the stride is 0.
+// dimensions of a single element lead nowhere. Of one element altogether the stride is 0.
 inline bool even_spacing(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int64_t& stride) {
   int64_t count = 1;
   stride = 0;
