@@ -23,6 +23,7 @@ from merv_fast.kernels import pool_project_fuse as tail_kernels
 from merv_fast.kernels import pool_tokens as pool_kernels
 from merv_fast.kernels import temporal_attention as temporal_kernels
 from merv_fast.kernels._launch import Cost
+from merv_fast.kernels._scoring import scoring
 from merv_fast.modules import Tail, build_fusion, build_projector
 from merv_fast.modules.fusion import convert_fusion_state_dict
 from merv_fast.ops._kernels import KERNELS
@@ -332,20 +333,20 @@ def scoring_case(setup: Setup) -> Case:
         _, *rest = tail_arguments(setup, xs, tail)
         return tuple(rest[:4])
 
-    def ours(*arguments: Any) -> tuple:
-        return tail_kernels.scoring(*arguments)
+    def ours(weights: list, biases: list, query: Tensor, bias: Tensor) -> tuple:
+        return scoring(weights, query, biases, bias)
 
-    def plainly(weights: list, biases: list, query: Tensor, bias: Tensor) -> list[Tensor]:
+    def cast(weights: list, biases: list, query: Tensor, bias: Tensor) -> list[Tensor]:
         wide = torch.promote_types(query.dtype, torch.float32)
         q = query.to(wide)
-        vectors = [(w.to(wide) * q[:, None]).sum(0) for w in weights]
-        return [*vectors, torch.stack([(b.to(wide) * q).sum() for b in biases]) + bias.to(wide)]
+        return [*(q @ w.to(wide) for w in weights), torch.stack([b.to(wide) @ q for b in biases]) + bias.to(wide)]
 
     def cost(weights: list, *rest: Any) -> Cost:
         numbers = sum(w.numel() for w in weights)
         return Cost(2 * numbers, numbers * weights[0].element_size())
 
-    return Case("  its score vectors, made anew", 1, make, plainly, [Way(OURS, ours, [plainly])], cost)
+    ways = [Way(OURS, ours, [cast]), Way(EAGER, cast)]
+    return Case("  its score vectors, made anew", 1, make, cast, ways, cost)
 
 
 def pool_project_cases(setup: Setup, hidden: bool) -> Iterator[Case]:

@@ -26,6 +26,7 @@ from merv_fast import ops
 from merv_fast.kernels import (
     _blend,
     _gemm,
+    _scoring,
     fuse_encoders,
     pool_project,
     pool_project_fuse,
@@ -45,6 +46,7 @@ def launches(device: str) -> Iterator[tuple[str, Callable[[], Any]]]:
         name = str(dtype).removeprefix("torch.")
         yield f"pool_tokens, {name}", lambda dtype=dtype: pool(device, dtype)
         yield f"pool_tokens with scores, {name}", lambda dtype=dtype: pool_with_scores(device, dtype)
+        yield f"scoring, {name}", lambda dtype=dtype: score(device, dtype)
         yield f"GEMM, {name}", lambda dtype=dtype: gemm(device, dtype, [40, 24], 48)
         yield f"GEMM, odd, {name}", lambda dtype=dtype: gemm(device, dtype, [33, 7], 35)
         yield f"GEMM, persistent, {name}", lambda dtype=dtype: persistent_gemm(device, dtype)
@@ -76,6 +78,15 @@ def pool_with_scores(device: str, dtype: torch.dtype) -> Sequence[Tensor]:
     vectors = [torch.randn(C, device=device) for C in widths]
     sums, chunks = pool_tokens.pool(xs, grids, (2, 2), 3, outs, vectors)
     return *outs, *(sums[:, e, :count] for e, count in enumerate(chunks))
+
+
+def score(device: str, dtype: torch.dtype) -> Sequence[Tensor]:
+    # Rows that are not next to each other, of odd and even widths.
+    weights = [rand(device, dtype, 33, 1 + C)[:, 1:] for C in (37, 48)]
+    biases, query, bias = [rand(device, dtype, 33) for _ in weights], rand(device, dtype, 33), rand(device, dtype, 2)
+    vectors, offsets = _scoring.scoring(weights, query, biases, bias)
+    even, _ = _scoring.scoring([rand(device, dtype, 40, 48)], rand(device, dtype, 40))
+    return *vectors, offsets, *even
 
 
 def gemm(device: str, dtype: torch.dtype, widths: list[int], N: int) -> Sequence[Tensor]:

@@ -30,7 +30,7 @@ from bench.cases import MERV, OURS, Case, Setup, Way
 from bench.clock import measure
 from bench.kernels import Run, copy_bandwidth, describe, error_of, examine
 from bench.verify import in_float64, in_other_memory
-from merv_fast.kernels import _blend, _gemm
+from merv_fast.kernels import _blend, _gemm, _scoring
 from merv_fast.kernels import fuse_encoders as fuse_kernels
 from merv_fast.kernels import pool_tokens as pool_kernels
 from merv_fast.kernels import temporal_attention as temporal_kernels
@@ -88,6 +88,7 @@ NARROW = [(64, 128, 64, 4, s) for s in (3, 4, 5)] + [(64, 64, 64, 4, s) for s in
 NARROW += [(128, 64, 64, w, s) for w in (4, 8) for s in (3, 4)] + [(64, 128, 128, 4, 3), (64, 64, 128, 4, 4)]
 SINGLE = [(64, 64, 32, 4, s) for s in (2, 3, 4)] + [(32, 64, 32, 4, 3), (64, 128, 32, 8, 3), (128, 64, 32, 8, 3)]
 SINGLE += [(128, 128, 32, 8, 2), (64, 64, 16, 4, 4), (128, 128, 16, 8, 3)]
+COLUMNS = [(depth, *c) for depth in (1, 2, 4) for c in grid((64, 128, 256), SIDES[1:4], (4, 8), threads=(4, 64))]
 SCHEDULES = list(product((False, True), repeat=2))
 SCHEDULE = _gemm.Launch._fields.index("persistent")
 """What may follow a GEMM's tile: whether it is persistent, and dependent; and where."""
@@ -191,6 +192,11 @@ def attending(device: str) -> Iterator[Case]:
         yield case._replace(exact=reference, ways=[Way(OURS, ours, [reference])])
 
 
+def scoring(device: str) -> Iterator[Case]:
+    case = catalogue.scoring_case(setup_on(device))
+    yield case._replace(ways=case.ways[:1])
+
+
 def passes(device: str, which: str) -> Iterator[Case]:
     """`dots` or `blend` in the backward of MERV's collapsed tail."""
     setup, op = setup_on(device), import_module("merv_fast.ops.pool_project_fuse")
@@ -240,6 +246,7 @@ TABLES = {
     "blend": Table(
         _blend, "BLEND", None, grid(SIDES[:4], (128, 256), (4, 8), threads=(8, 64)), partial(passes, which="blend")
     ),
+    "scoring": Table(_scoring, "LAUNCHES", None, COLUMNS, scoring),
     "gemm-float32": Table(_gemm, "LAUNCHES", "float32", SINGLE, weighed_float32),
 }
 """In the order of what matters most; what a table is found to be best with holds for those after it."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from merv_fast.kernels._gemm import is_dependent, project, project_weighed, score_chunks
 from merv_fast.kernels._launch import Cost
+from merv_fast.kernels._scoring import scoring
 from merv_fast.kernels.pool_project import cost as pool_project_cost
 from merv_fast.kernels.pool_project import token_buffers
 from merv_fast.kernels.pool_tokens import pool
@@ -64,15 +65,7 @@ def remembered_scoring(
     in training, costs nothing to remember.
     """
     tensors = [*weights, *biases, query, bias]
-    return _SCORING.get(query, tensors, lambda: scoring(weights, biases, query, bias))
-
-
-def scoring(
-    weights: Sequence[Tensor], biases: Sequence[Tensor], query: Tensor, bias: Tensor
-) -> tuple[list[Tensor], Tensor]:
-    """a_e = P_e^T query, E tensors [C_e], and c = [b_e . query + bias_e] [E], all float32."""
-    q = query.float()
-    return [q @ weight.float() for weight in weights], torch.stack([b.float() @ q for b in biases]) + bias.float()
+    return _SCORING.get(query, tensors, lambda: scoring(weights, query, biases, bias))
 
 
 _SCORING = Remembered()

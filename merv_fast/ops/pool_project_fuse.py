@@ -147,13 +147,14 @@ def reference(
     dtype, L = torch.promote_types(query.dtype, torch.float32), len(weights) // len(xs)
     P, b = weights[L - 1 :: L], torch.stack(biases[L - 1 :: L]).to(dtype)
     q = query.to(dtype)
-    hidden, scores = [], []
+    hidden = []
     for e, x in enumerate(xs):
         own = slice(e * L, (e + 1) * L - 1)
         grid = grids[2 * e : 2 * e + 2]
         pooled = torch.ops.merv_fast.pool_tokens.default(x, grid, out_grid, out_slots).flatten(1, 2)
         hidden.append(hidden_layers(pooled, weights[own], biases[own]))
-        scores.append(hidden[e].mean(1, dtype=dtype) @ (q @ P[e].to(dtype)))
+    vectors = score_vectors(P, query)
+    scores = [h.mean(1, dtype=dtype) @ a for h, a in zip(hidden, vectors, strict=True)]
     encoder_weights = torch.softmax(torch.stack(scores, 1) + b @ q + bias.to(dtype), 1)
     weighed = zip(encoder_weights[:, :, None, None].unbind(1), hidden, strict=True)
     tokens = F.linear(torch.cat([(w * h).to(h.dtype) for w, h in weighed], 2), torch.cat(P, 1))
@@ -161,20 +162,21 @@ def reference(
 
 
 def reference_backward(*arguments: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
-    """The formulas above, their passes over tokens in PyTorch."""
-    return backward(dots, blend, *arguments)
+    """The formulas above, their passes over tokens and matrices in PyTorch."""
+    return backward(dots, blend, score_vectors, *arguments)
 
 
 def kernel_backward(*arguments: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
-    """The formulas above, with kernels for their passes over tokens."""
-    from merv_fast.kernels import _blend
+    """The formulas above, with kernels for their passes over tokens and matrices."""
+    from merv_fast.kernels import _blend, _scoring
 
-    return backward(_blend.dots, _blend.blend, *arguments)
+    return backward(_blend.dots, _blend.blend, lambda P, q: _scoring.scoring(P, q)[0], *arguments)
 
 
 def backward(
     dots: Callable[..., tuple[Tensor, Tensor]],
     blend: Callable[..., None],
+    score_vectors: Callable[[list[Tensor], Tensor], list[Tensor]],
     grad_tokens: Tensor,
     grad_encoder_weights: Tensor,
     xs: list[Tensor],
@@ -203,7 +205,7 @@ def backward(
 
     # In place: Z becomes dh, and h becomes w h.
     if needs_xs or L > 1:
-        blend(w, grads=Z, ds=ds, vectors=[q @ P_e.to(dtype) for P_e in P], dvalues=Z)
+        blend(w, grads=Z, ds=ds, vectors=score_vectors(P, query), dvalues=Z)
     blend(w, values=hidden, weighed=hidden)
     dxs, dweights, dbiases, dquery = [], [], [], ds.sum(0) @ b
     for e, mean in enumerate(means.split([h.shape[2] for h in hidden], 1)):
@@ -218,6 +220,12 @@ def backward(
             grid = grids[2 * e : 2 * e + 2]
             dxs.append(torch.ops.merv_fast.pool_tokens_backward.default(maps, grid, out_grid, xs[e].shape[1]))
     return dxs, dweights, dbiases, dquery.to(query.dtype), ds.sum(0).to(query.dtype)
+
+
+def score_vectors(P: list[Tensor], query: Tensor) -> list[Tensor]:
+    """``a_e = P_e^T query``, in the dtype sums are made in."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return [query.to(dtype) @ P_e.to(dtype) for P_e in P]
 
 
 def dots(grads: list[Tensor], values: list[Tensor]) -> tuple[Tensor, Tensor]:

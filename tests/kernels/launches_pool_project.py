@@ -2,7 +2,9 @@
 
 from itertools import pairwise
 
-from merv_fast.kernels import pool_project, pool_project_fuse
+import torch
+
+from merv_fast.kernels import _scoring, pool_project, pool_project_fuse
 from tests.kernels.registry import case, meta
 from tests.kernels.schedules import scheduled
 
@@ -32,3 +34,11 @@ def project_dependent(widths, persistent):
     weights = [meta(n, m) for m, n in pairwise(widths)]
     with scheduled(dependent=True, persistent=persistent):
         pool_project.launch(meta(1, 16, 196, 768), weights, [meta(n) for n in widths[1:]], (14, 14), (8, 8), 16)
+
+
+@case("scoring: of a backward", torch.bfloat16, WIDTHS, D)
+@case("scoring: float32, MLP", torch.float32, [D] * 4, D)
+@case("scoring: eight, odd width", torch.bfloat16, [769] * 8, 769)
+@case("scoring: ones", torch.float16, [1], 1)
+def score(dtype, widths, D):
+    _scoring.scoring([meta(D, C, dtype=dtype) for C in widths], meta(D, dtype=dtype))

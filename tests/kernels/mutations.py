@@ -101,19 +101,37 @@ POOL_PROJECT_FUSE = of(
     ("for w in weights[L - 2 :: L]]", "for w in weights[L - 1 :: L]]"),
     ("(score_vectors[e], sums[:, e])", "(score_vectors[e], sums[:, 0])"),
     ("range(e * L, (e + 1) * L - 2)", "range(e * L, (e + 1) * L - 3)"),
-    ("if versions is None or not versions.same(tensors):", "if versions is None:"),
-    ("+ bias.float()", "+ 0 * bias.float()"),
+    ("_SCORING.get(query, tensors,", "_SCORING.get(query, tensors[:-1],"),
     ("weights[0].dtype, gelu=L > 1", "weights[0].dtype, gelu=False"),
-    ("[q @ weight.float() for weight in weights]", "[2 * q @ weight.float() for weight in weights]"),
 )
 
 POOL_PROJECT_FUSE_BACKWARD = of(
     "ops/pool_project_fuse.py",
     "test_pool_project_fuse.py",
     (
-        "return backward(_blend.dots, _blend.blend, *arguments)",
-        "return backward(dots, _blend.blend, *arguments[:-1], True)",
+        "_scoring.scoring(P, q)[0], *arguments)",
+        "_scoring.scoring(P, q)[0], *arguments[:-1], True)",
     ),
+)
+
+SCORING = of(
+    "kernels/_scoring.py",
+    "test_scoring.py",
+    ("if (tile >= 0) & (program < first_programs[e + 1]):", "if program < first_programs[e + 1]:"),
+    ("in_c = c < widths[e]", "in_c = c < widths[0]"),
+    ("range(0, D, DEPTH * BLOCK_D)", "range(0, DEPTH * BLOCK_D, DEPTH * BLOCK_D)"),
+    ("d = start + tl.arange(0, DEPTH)[:, None] * BLOCK_D", "d = start + tl.arange(0, DEPTH)[:, None]"),
+    ("d.to(tl.int64)[:, :, None] * strides_w[e]", "d[:, :, None] * strides_w[e]"),
+    ("* strides_w[e] + c", "* widths[e] + c"),
+    ("mask=(d < D)[:, :, None] & in_c, other=0.0", "mask=in_c"),
+    ("query_ptr + d, mask=d < D, other=0.0", "query_ptr + d"),
+    ("vector_ptr + first_columns[e] + c", "vector_ptr + tile * BLOCK_C + c"),
+    ("tl.sum(products) +", "tl.sum(products) -"),
+    ("product, mask=tile == 0)", "product, mask=tile > 0)"),
+    ("cdiv(width, ALIGNMENT) * ALIGNMENT", "width"),
+    ("query.contiguous(), [b.contiguous() for b in biases]", "query, [b.contiguous() for b in biases]"),
+    ("[b.contiguous() for b in biases]", "biases"),
+    ("else bias.contiguous(),", "else bias,"),
 )
 
 LAUNCH = of(
@@ -238,6 +256,7 @@ MUTATIONS = [
     *POOL_PROJECT,
     *POOL_PROJECT_FUSE,
     *POOL_PROJECT_FUSE_BACKWARD,
+    *SCORING,
     *LAUNCH,
     *LAUNCH_DEPENDENT,
     *WEIGHING,
