@@ -26,6 +26,7 @@ from merv_fast import ops
 from merv_fast.kernels import (
     _blend,
     _gemm,
+    _outer,
     _scoring,
     fuse_encoders,
     pool_project,
@@ -46,7 +47,7 @@ def launches(device: str) -> Iterator[tuple[str, Callable[[], Any]]]:
         name = str(dtype).removeprefix("torch.")
         yield f"pool_tokens, {name}", lambda dtype=dtype: pool(device, dtype)
         yield f"pool_tokens with scores, {name}", lambda dtype=dtype: pool_with_scores(device, dtype)
-        yield f"scoring, {name}", lambda dtype=dtype: score(device, dtype)
+        yield f"scoring and outer, {name}", lambda dtype=dtype: pass_over_matrices(device, dtype)
         yield f"GEMM, {name}", lambda dtype=dtype: gemm(device, dtype, [40, 24], 48)
         yield f"GEMM, odd, {name}", lambda dtype=dtype: gemm(device, dtype, [33, 7], 35)
         yield f"GEMM, persistent, {name}", lambda dtype=dtype: persistent_gemm(device, dtype)
@@ -80,13 +81,14 @@ def pool_with_scores(device: str, dtype: torch.dtype) -> Sequence[Tensor]:
     return *outs, *(sums[:, e, :count] for e, count in enumerate(chunks))
 
 
-def score(device: str, dtype: torch.dtype) -> Sequence[Tensor]:
+def pass_over_matrices(device: str, dtype: torch.dtype) -> Sequence[Tensor]:
     # Rows that are not next to each other, of odd and even widths.
     weights = [rand(device, dtype, 33, 1 + C)[:, 1:] for C in (37, 48)]
     biases, query, bias = [rand(device, dtype, 33) for _ in weights], rand(device, dtype, 33), rand(device, dtype, 2)
     vectors, offsets = _scoring.scoring(weights, query, biases, bias)
+    grads = [rand(device, dtype, 33, C) for C in (37, 48)]
     even, _ = _scoring.scoring([rand(device, dtype, 40, 48)], rand(device, dtype, 40))
-    return *vectors, offsets, *even
+    return *vectors, offsets, *even, _outer.add_outer(grads, weights, query, vectors), *grads
 
 
 def gemm(device: str, dtype: torch.dtype, widths: list[int], N: int) -> Sequence[Tensor]:

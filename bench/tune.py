@@ -30,7 +30,7 @@ from bench.cases import MERV, OURS, Case, Setup, Way
 from bench.clock import measure
 from bench.kernels import Run, copy_bandwidth, describe, error_of, examine
 from bench.verify import in_float64, in_other_memory
-from merv_fast.kernels import _blend, _gemm, _scoring
+from merv_fast.kernels import _blend, _gemm, _outer, _scoring
 from merv_fast.kernels import fuse_encoders as fuse_kernels
 from merv_fast.kernels import pool_tokens as pool_kernels
 from merv_fast.kernels import temporal_attention as temporal_kernels
@@ -225,6 +225,26 @@ def passes(device: str, which: str) -> Iterator[Case]:
         yield Case(which, B, make, plainly, [Way(OURS, ours, [plainly])], cost)
 
 
+def outer(device: str) -> Iterator[Case]:
+    """`add_outer` to copies of the gradients, in the backward of MERV's collapsed tail."""
+    setup, op = setup_on(device), import_module("merv_fast.ops.pool_project_fuse")
+
+    def add(call: Callable, grads: list, weights: list, query: Tensor, means: list) -> Any:
+        copies = [grad.clone() for grad in grads]
+        return [*copies, call(copies, weights, query, means)]
+
+    def cost(grads: list, *rest: Any) -> Cost:
+        numbers = sum(grad.numel() for grad in grads)
+        return Cost(4 * numbers, 5 * numbers * grads[0].element_size())
+
+    def make() -> tuple:
+        grads, weights = ([setup.rand(MERV.D, C) for C in MERV.widths] for _ in range(2))
+        return grads, weights, setup.rand(MERV.D), [torch.randn(C, device=device) for C in MERV.widths]
+
+    ours, plainly = (partial(add, place.add_outer) for place in (_outer, op))
+    yield Case("outer", 1, make, plainly, [Way(OURS, ours, [plainly])], cost)
+
+
 TABLES = {
     "gemm-large": Table(_gemm, "LAUNCHES", "large", LARGE, weighed),
     "pool_tokens": Table(pool_kernels, "LAUNCHES", None, grid(SIDES[:4], (128, 256), (4, 8), threads=(4, 32)), pooling),
@@ -247,6 +267,7 @@ TABLES = {
         _blend, "BLEND", None, grid(SIDES[:4], (128, 256), (4, 8), threads=(8, 64)), partial(passes, which="blend")
     ),
     "scoring": Table(_scoring, "LAUNCHES", None, COLUMNS, scoring),
+    "outer": Table(_outer, "LAUNCHES", None, grid(SIDES[:3], (128, 256, 512), (4, 8), threads=(4, 32)), outer),
     "gemm-float32": Table(_gemm, "LAUNCHES", "float32", SINGLE, weighed_float32),
 }
 """In the order of what matters most; what a table is found to be best with holds for those after it."""

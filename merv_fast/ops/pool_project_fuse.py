@@ -29,7 +29,7 @@ Source: the tail of MERV (arXiv 2501.01426): projectors `avg`, `3davg`, fusion `
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -161,22 +161,30 @@ def reference(
     return tokens.add_((encoder_weights @ b)[:, None]), encoder_weights
 
 
+class Passes(NamedTuple):
+    """The functions below of the same names, or kernels that do the same."""
+
+    score_vectors: Callable[[list[Tensor], Tensor], list[Tensor]]
+    dots: Callable[[list[Tensor], list[Tensor]], tuple[Tensor, Tensor]]
+    blend: Callable[..., None]
+    add_outer: Callable[[list[Tensor], list[Tensor], Tensor, list[Tensor]], Tensor]
+
+
 def reference_backward(*arguments: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
     """The formulas above, their passes over tokens and matrices in PyTorch."""
-    return backward(dots, blend, score_vectors, *arguments)
+    return backward(Passes(score_vectors, dots, blend, add_outer), *arguments)
 
 
 def kernel_backward(*arguments: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
     """The formulas above, with kernels for their passes over tokens and matrices."""
-    from merv_fast.kernels import _blend, _scoring
+    from merv_fast.kernels import _blend, _outer, _scoring
 
-    return backward(_blend.dots, _blend.blend, lambda P, q: _scoring.scoring(P, q)[0], *arguments)
+    passes = Passes(lambda P, query: _scoring.scoring(P, query)[0], _blend.dots, _blend.blend, _outer.add_outer)
+    return backward(passes, *arguments)
 
 
 def backward(
-    dots: Callable[..., tuple[Tensor, Tensor]],
-    blend: Callable[..., None],
-    score_vectors: Callable[[list[Tensor], Tensor], list[Tensor]],
+    passes: Passes,
     grad_tokens: Tensor,
     grad_encoder_weights: Tensor,
     xs: list[Tensor],
@@ -200,21 +208,22 @@ def backward(
     ]
     hidden = [hidden_layers(pooled[e], weights[own[e]], biases[own[e]]) for e in range(len(xs))]
     Z = [G @ P_e for P_e in P]
-    dw, means = dots(Z, hidden)
+    dw, means = passes.dots(Z, hidden)
     ds = softmax_backward(dw + G_sum @ b.T + grad_encoder_weights, w)
 
     # In place: Z becomes dh, and h becomes w h.
     if needs_xs or L > 1:
-        blend(w, grads=Z, ds=ds, vectors=score_vectors(P, query), dvalues=Z)
-    blend(w, values=hidden, weighed=hidden)
-    dxs, dweights, dbiases, dquery = [], [], [], ds.sum(0) @ b
-    for e, mean in enumerate(means.split([h.shape[2] for h in hidden], 1)):
+        passes.blend(w, grads=Z, ds=ds, vectors=passes.score_vectors(P, query), dvalues=Z)
+    passes.blend(w, values=hidden, weighed=hidden)
+    weighed_means = [ds[:, e] @ mean for e, mean in enumerate(means.split([h.shape[2] for h in hidden], 1))]
+    rows = G.flatten(0, 1)
+    dP = [rows.T @ h.flatten(0, 1) for h in hidden]
+    dquery = ds.sum(0) @ b + passes.add_outer(dP, P, query, weighed_means)
+    dxs, dweights, dbiases = [], [], []
+    for e in range(len(xs)):
         dpooled, dW, db = hidden_layers_backward(Z[e], pooled[e], weights[own[e]], biases[own[e]], needs_xs)
-        weighed_mean = ds[:, e] @ mean
-        dP = G.flatten(0, 1).T @ hidden[e].flatten(0, 1) + torch.outer(q, weighed_mean)
-        dweights += [*dW, dP.to(G.dtype)]
+        dweights += [*dW, dP[e]]
         dbiases += [*db, (w[:, e] @ G_sum + ds[:, e].sum() * q).to(G.dtype)]
-        dquery += P[e].to(dtype) @ weighed_mean
         if dpooled is not None:
             maps = dpooled.unflatten(1, (out_slots, -1))
             grid = grids[2 * e : 2 * e + 2]
@@ -233,6 +242,14 @@ def dots(grads: list[Tensor], values: list[Tensor]) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(values[0].dtype, torch.float32)
     products = [(G.to(dtype) * V).sum((1, 2)) for G, V in zip(grads, values, strict=True)]
     return torch.stack(products, 1), torch.cat([V.mean(1, dtype=dtype) for V in values], 1)
+
+
+def add_outer(grads: list[Tensor], P: list[Tensor], query: Tensor, means: list[Tensor]) -> Tensor:
+    """Add ``query m_e^T`` to ``grads[e] [D, C_e]``, and return ``sum_e P_e m_e``."""
+    q = query.to(means[0].dtype)
+    for grad, mean in zip(grads, means, strict=True):
+        grad.copy_(grad + torch.outer(q, mean))
+    return torch.stack([P_e.to(q.dtype) @ mean for P_e, mean in zip(P, means, strict=True)]).sum(0)
 
 
 def blend(

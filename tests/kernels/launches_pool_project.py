@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import torch
 
-from merv_fast.kernels import _scoring, pool_project, pool_project_fuse
+from merv_fast.kernels import _outer, _scoring, pool_project, pool_project_fuse
 from tests.kernels.registry import case, meta
 from tests.kernels.schedules import scheduled
 
@@ -36,9 +36,12 @@ def project_dependent(widths, persistent):
         pool_project.launch(meta(1, 16, 196, 768), weights, [meta(n) for n in widths[1:]], (14, 14), (8, 8), 16)
 
 
-@case("scoring: of a backward", torch.bfloat16, WIDTHS, D)
-@case("scoring: float32, MLP", torch.float32, [D] * 4, D)
-@case("scoring: eight, odd width", torch.bfloat16, [769] * 8, 769)
-@case("scoring: ones", torch.float16, [1], 1)
-def score(dtype, widths, D):
-    _scoring.scoring([meta(D, C, dtype=dtype) for C in widths], meta(D, dtype=dtype))
+@case("matrices", torch.bfloat16, WIDTHS, D)
+@case("matrices: float32, MLP", torch.float32, [D] * 4, D)
+@case("matrices: eight, odd width", torch.bfloat16, [769] * 8, 769)
+@case("matrices: ones", torch.float16, [1], 1)
+def pass_over_matrices(dtype, widths, D):
+    weights, query = [meta(D, C, dtype=dtype) for C in widths], meta(D, dtype=dtype)
+    means, _ = _scoring.scoring(weights, query)
+    _scoring.scoring(weights, query, [query] * len(weights), meta(len(weights), dtype=dtype))
+    _outer.add_outer(weights, weights, query, means)

@@ -109,8 +109,8 @@ POOL_PROJECT_FUSE_BACKWARD = of(
     "ops/pool_project_fuse.py",
     "test_pool_project_fuse.py",
     (
-        "_scoring.scoring(P, q)[0], *arguments)",
-        "_scoring.scoring(P, q)[0], *arguments[:-1], True)",
+        "return backward(passes, *arguments)",
+        "return backward(passes, *arguments[:-1], True)",
     ),
 )
 
@@ -132,6 +132,23 @@ SCORING = of(
     ("query.contiguous(), [b.contiguous() for b in biases]", "query, [b.contiguous() for b in biases]"),
     ("[b.contiguous() for b in biases]", "biases"),
     ("else bias.contiguous(),", "else bias,"),
+)
+
+OUTER = of(
+    "kernels/_outer.py",
+    "test_outer.py",
+    ("mask=in_d, other=0.0).to(tl.float32)\n    sums", "other=0.0).to(tl.float32)\n    sums"),
+    ("in_d, rows = d < D, d.to(tl.int64)[:, None]", "in_d, rows = d < D, d[:, None]"),
+    ("in_d, rows = d < D,", "in_d, rows = d <= D,"),
+    ("in tl.static_range(E):", "in tl.static_range(1):"),
+    ("range(0, widths[e], BLOCK_C)", "range(0, widths[0], BLOCK_C)"),
+    ("in_d[:, None] & (c < widths[e])", "in_d[:, None] & (c < BLOCK_C + start)"),
+    ("rows * strides_w[e] + c", "rows * widths[e] + c"),
+    ("rows * strides_g[e] + c", "rows * widths[e] + c"),
+    ("sums += weight.to(tl.float32) * mean", "sums = weight.to(tl.float32) * mean"),
+    ("+ query[:, None] * mean", "+ mean"),
+    ("        query.contiguous(),\n", "        query,\n"),
+    ("[unit_stride(weight) for weight in weights]", "weights"),
 )
 
 LAUNCH = of(
@@ -257,6 +274,7 @@ MUTATIONS = [
     *POOL_PROJECT_FUSE,
     *POOL_PROJECT_FUSE_BACKWARD,
     *SCORING,
+    *OUTER,
     *LAUNCH,
     *LAUNCH_DEPENDENT,
     *WEIGHING,
