@@ -21,15 +21,15 @@ def fuse(layers):
     pool_project_fuse.launch(xs, weights, [meta(D) for _ in weights], meta(D), meta(4), grids, (8, 8), 16)
 
 
-@case("pool_project_fuse: dependent", 1, matrix=KERNEL, dependent=True)
-@case("pool_project_fuse: MLP, dependent", 2, matrix=KERNEL, dependent=True)
+@case("pool_project_fuse: dependent", 1, matrix=KERNEL, dependent=2)
+@case("pool_project_fuse: MLP, dependent", 2, matrix=KERNEL, dependent=2)
 def fuse_dependent(layers):
     with scheduled(dependent=True):
         fuse(layers)
 
 
-@case("pool_project: persistent too", (768, D), True, matrix=KERNEL, dependent=True)
-@case("pool_project: MLP, dependent", (768, D, D), False, matrix=KERNEL, dependent=True)
+@case("pool_project: persistent too", (768, D), True, matrix=KERNEL, dependent=1)
+@case("pool_project: MLP, dependent", (768, D, D), False, matrix=KERNEL, dependent=1)
 def project_dependent(widths, persistent):
     weights = [meta(n, m) for m, n in pairwise(widths)]
     with scheduled(dependent=True, persistent=persistent):

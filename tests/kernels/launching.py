@@ -29,7 +29,7 @@ def main(capability: int, module: str) -> None:
     triton.runtime.driver.set_active(driver)
     import_module(f"tests.kernels.{module}")
     for name, case in CASES.items():
-        print(f"{name} (dependent)" if case.dependent else name, flush=True)
+        print(f"{name} (dependent after {case.dependent})" if case.dependent else name, flush=True)
         case.call()
 
 

@@ -15,18 +15,18 @@ __all__ = ["CASES", "Case", "case", "meta"]
 class Case(NamedTuple):
     """A call, the kernels of it that must run on the tensor cores, by ``wgmma`` on sm_90, and how they are launched.
 
-    ``dependent``: from sm_90 on each but the first is launched before the one in front of it has ended.
+    ``dependent``: from sm_90 on all but so many first ones are launched before the one in front has ended; 0: none.
     """
 
     call: Callable[[], None]
     matrix: tuple[str, ...]
-    dependent: bool
+    dependent: int
 
 
 CASES: dict[str, Case] = {}
 
 
-def case(name: str, *args, matrix: tuple[str, ...] = (), dependent: bool = False) -> Callable:
+def case(name: str, *args, matrix: tuple[str, ...] = (), dependent: int = 0) -> Callable:
     """Enter the decorated function, called with ``args``, under ``name``."""
 
     def enter(function: Callable[..., None]) -> Callable[..., None]:

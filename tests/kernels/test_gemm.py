@@ -13,8 +13,7 @@ from tests.kernels.drawing import CONTIGUOUS, drawn, laid_out, layouts
 from tests.kernels.memory import far_apart
 from tests.kernels.schedules import scheduled
 
-# The interpreter's products of bfloat16 are wrong.
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TILE = _gemm.Launch(16, 32, 32, 4, 2)
 
 

@@ -1,6 +1,7 @@
 """Every call packs its arguments as a driver takes them, descriptors among them."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -44,8 +45,9 @@ def test_launches(module, driver):
     assert launches
     for name, own in launches.items():
         assert own, f"{name} launches nothing"
-        # The first waits for what is not ours.
-        chained = own[1:] if name.endswith(" (dependent)") else []
+        # What makes score vectors, and the pooling, wait for all in front of them.
+        after = re.search(r"\(dependent after (\d+)\)$", name)
+        chained = own[int(after[1]) :] if after else []
         assert [line for line in own if line.endswith(" dependent")] == chained, name
         if name.endswith(PERSISTENT):
             plain, persistent = (int(one.split()[1]) for one in (launches[name.removesuffix(PERSISTENT)][0], own[0]))
