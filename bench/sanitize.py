@@ -52,6 +52,7 @@ def launches(device: str) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"GEMM, odd, {name}", lambda dtype=dtype: gemm(device, dtype, [33, 7], 35)
         yield f"GEMM, persistent, {name}", lambda dtype=dtype: persistent_gemm(device, dtype)
         yield f"tail, dependent, {name}", lambda dtype=dtype: dependent_tail(device, dtype)
+        yield f"tail of MLPs, persistent, dependent, {name}", lambda dtype=dtype: tail_of_mlps(device, dtype)
         yield f"fuse_encoders, {name}", lambda dtype=dtype: fuse(device, dtype)
         yield f"dots and blend, {name}", lambda dtype=dtype: tail_backward(device, dtype)
         for window, width in ((4, 48), (5, 39), (18, 48)):
@@ -112,6 +113,15 @@ def dependent_tail(device: str, dtype: torch.dtype) -> Sequence[Tensor]:
     biases, query, bias = [rand(device, dtype, 48) for _ in weights], rand(device, dtype, 48), rand(device, dtype, 2)
     with scheduled(dependent=True):
         return pool_project_fuse.launch(xs, weights, biases, query, bias, (4, 4, 4, 4), (2, 2), 3)
+
+
+def tail_of_mlps(device: str, dtype: torch.dtype) -> Sequence[Tensor]:
+    """Of three encoders, the smallest number whose weights are padded."""
+    shapes = [shape for C in (40, 24, 33) for shape in ((48, C), (48, 48))]
+    weights, biases = [rand(device, dtype, *shape) for shape in shapes], [rand(device, dtype, 48) for _ in shapes]
+    xs, query = [rand(device, dtype, 2, 3, 16, C) for C in (40, 24, 33)], rand(device, dtype, 48)
+    with scheduled(2, persistent=True, dependent=True):
+        return pool_project_fuse.launch(xs, weights, biases, query, rand(device, dtype, 3), (4, 4) * 3, (2, 2), 3)
 
 
 def fuse(device: str, dtype: torch.dtype) -> Sequence[Tensor]:

@@ -21,10 +21,10 @@ class Flag:
 
 
 class Entry:
-    """A result, and the tensors it was computed from as they were then."""
+    """A result, and the tensors it was computed from as they were before that."""
 
-    def __init__(self, tensors: Sequence[Tensor], result: Any, tag: Hashable, flag: Flag) -> None:
-        self.versions, self.result, self.tag, self.flag = Versions(tensors), result, tag, flag
+    def __init__(self, versions: Versions, result: Any, tag: Hashable, flag: Flag) -> None:
+        self.versions, self.result, self.tag, self.flag = versions, result, tag, flag
 
     def holds(self) -> bool:
         return self.flag.up and self.versions.unchanged()
@@ -52,7 +52,9 @@ class Remembered:
         constants, entry = _CONSTANTS.get(), self._entries.get(owner)
         known = entry is not None and entry.tag == tag
         if not known or not entry.versions.same(tensors, in_capture=constants is not None):
-            entry = self._entries[owner] = Entry(tensors, compute(), tag, entry.flag if entry else Flag())
+            # In this order: what another thread writes meanwhile makes the result one of the past.
+            versions, result = Versions(tensors), compute()
+            entry = self._entries[owner] = Entry(versions, result, tag, entry.flag if entry else Flag())
         if constants is not None:
             constants.add(entry)
         return entry.result

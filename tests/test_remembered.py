@@ -31,6 +31,12 @@ def test_computed_again_when_written_to_forgotten_or_of_another_tag(counted):
     assert len(made) == 4
 
 
+def test_what_is_written_to_meanwhile_is_computed_again():
+    memory, weight = Remembered(), torch.ones(2)
+    memory.get(weight, [weight], lambda: (2 * weight, weight.add_(1)))
+    assert memory.get(weight, [weight], lambda: 2 * weight).tolist() == [4, 4]
+
+
 def test_goes_with_its_owner():
     memory, owner = Remembered(), torch.nn.Linear(1, 1)
     result = weakref.ref(memory.get(owner, [owner.weight], lambda: torch.ones(1)))

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from merv_fast.kernels._launch import capability, cdiv, unit_stride
+from merv_fast.kernels._launch import capability, cdiv, unit_stride, wide
 
 __all__ = ["Launch", "blend", "dots"]
 
@@ -98,6 +98,9 @@ def dots(grads: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[Tensor, Ten
     """
     E, B, choice = len(values), values[0].shape[0], DOTS[capability()]
     grads, values = [unit_stride(grad) for grad in grads], [unit_stride(value) for value in values]
+    if not wide(*grads, *values):
+        # Elements that are loaded alone are each from an address in registers.
+        choice = choice._replace(block_s=max(1, choice.block_s // 2))
     lengths, widths = tuple(value.shape[1] for value in values), tuple(value.shape[2] for value in values)
     s_tiles, d_tiles = cdiv(max(lengths), choice.block_s), cdiv(max(widths), choice.block_d)
     partials = torch.empty(B, E, s_tiles * d_tiles, dtype=torch.float32, device=values[0].device)
@@ -173,5 +176,6 @@ def blend(
         SHIFTED=len(vectors),
         BLOCK_S=choice.block_s,
         BLOCK_D=choice.block_d,
-        num_warps=choice.num_warps,
+        # As above; here more threads hold them.
+        num_warps=choice.num_warps * (1 if wide(*inputs, *outs) else 2),
     )

@@ -11,10 +11,10 @@ __all__ = [
     "capability",
     "cdiv",
     "dependent_launches",
-    "divisible",
     "power_of_2",
     "processors",
     "unit_stride",
+    "wide",
 ]
 
 
@@ -61,9 +61,9 @@ def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def divisible(*sizes: int) -> bool:
-    """Whether 16 divides strides and widths, which is all that Triton knows of them: loads are then wide."""
-    return all(size % 16 == 0 for size in sizes)
+def wide(*tensors: Tensor) -> bool:
+    """Whether 16 divides addresses, strides and widths, which is all that Triton knows of them: loads are then wide."""
+    return all(size % 16 == 0 for x in tensors for size in (x.data_ptr(), x.shape[-1], *x.stride()[:-1]))
 
 
 def unit_stride(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from merv_fast.kernels._launch import capability, cdiv, unit_stride
+from merv_fast.kernels._launch import capability, cdiv, unit_stride, wide
 
 __all__ = ["Launch", "add_outer"]
 
@@ -79,6 +79,7 @@ def add_outer(grads: Sequence[Tensor], weights: Sequence[Tensor], query: Tensor,
         E=len(grads),
         BLOCK_D=choice.block_d,
         BLOCK_C=choice.block_c,
-        num_warps=choice.num_warps,
+        # Rows that are not aligned are read element by element, each from an address in registers.
+        num_warps=choice.num_warps * (1 if wide(*grads, *weights) else 2),
     )
     return out

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from merv_fast.kernels._launch import capability, cdiv, divisible, unit_stride
+from merv_fast.kernels._launch import capability, cdiv, unit_stride, wide
 
 __all__ = ["Launch", "scoring"]
 
@@ -78,8 +78,8 @@ def scoring(
     """
     E, D, choice = len(weights), len(query), LAUNCHES[capability()]
     weights, query, biases = [unit_stride(w) for w in weights], query.contiguous(), [b.contiguous() for b in biases]
-    strides, widths = [w.stride(0) for w in weights], [w.shape[1] for w in weights]
-    rooms = [cdiv(width, ALIGNMENT) * ALIGNMENT for width in widths]
+    widths = [w.shape[1] for w in weights]
+    even, rooms = wide(*weights), [cdiv(width, ALIGNMENT) * ALIGNMENT for width in widths]
     vectors = torch.empty(sum(rooms), dtype=torch.float32, device=query.device)
     offsets = torch.empty(len(biases), dtype=torch.float32, device=query.device)
     first_programs = (0, *accumulate(cdiv(width, choice.block_c) for width in widths))
@@ -90,7 +90,7 @@ def scoring(
         query if bias is None else bias.contiguous(),
         vectors,
         offsets,
-        tuple(strides),
+        tuple(w.stride(0) for w in weights),
         tuple(widths),
         first_programs,
         tuple(accumulate(rooms[:-1], initial=0)),
@@ -98,9 +98,9 @@ def scoring(
         E=E,
         OFFSETS=bool(biases),
         # An element that is loaded alone has an address of its own, and registers would not hold so many.
-        DEPTH=choice.depth if divisible(*strides, *widths) else 1,
+        DEPTH=choice.depth if even else 1,
         BLOCK_D=choice.block_d,
         BLOCK_C=choice.block_c,
-        num_warps=choice.num_warps,
+        num_warps=choice.num_warps * (1 if even else 2),
     )
     return [room[:width] for room, width in zip(vectors.split(rooms), widths, strict=True)], offsets

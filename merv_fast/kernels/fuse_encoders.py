@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from merv_fast.kernels._blend import Launch, blend, dots, load_tile, tile_of
-from merv_fast.kernels._launch import Cost, capability, cdiv, divisible, power_of_2, unit_stride
+from merv_fast.kernels._launch import Cost, capability, cdiv, power_of_2, unit_stride, wide
 from merv_fast.kernels._weighing import encoder_weights, pick
 
 __all__ = ["cost", "launch", "launch_backward"]
@@ -100,7 +100,7 @@ def launch(values: Sequence[Tensor], query: Tensor, bias: Tensor) -> tuple[Tenso
         BLOCK_S=choice.block_s,
         BLOCK_D=choice.block_d,
         # Rows that are not aligned are read element by element, each from an address in registers.
-        num_warps=choice.num_warps * (1 if divisible(D, *strides_vb, *strides_vs) else 2),
+        num_warps=choice.num_warps * (1 if wide(*values) else 2),
     )
 
     choice = SUM[capability()]

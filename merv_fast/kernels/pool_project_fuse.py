@@ -6,6 +6,10 @@ the scores in its epilogue instead of the pooling. No encoder's projected tokens
 Bytes, MERV in bf16, one video: 26.4 MB of maps, 7.3 MB of pooled tokens out and in again (the second time from
 L2), 29.4 MB of matrices, 8.4 MB of result, where projecting, stacking and weighing one after another moves
 about 335 MB. The score vectors a_e cost another pass over the matrices, unless they are remembered.
+
+Scores are summed token by token, where the reference takes the mean of the tokens first: under an infinite matrix or
+query infinities of both signs meet, and what is one infinite score there is NaN here, as it is where tokens are
+projected before they are weighed.
 """
 
 from collections.abc import Sequence

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from merv_fast.kernels._launch import Cost, capability, cdiv, divisible, unit_stride
+from merv_fast.kernels._launch import Cost, capability, cdiv, unit_stride, wide
 
 __all__ = ["cost", "launch", "launch_backward", "pool"]
 
@@ -151,7 +151,7 @@ def pool(
     xs = [unit_stride(x) for x in xs]
     if adjoint:
         # Beside the divisors of its bins a thread has registers for one load a token, of 16 bytes or of two elements.
-        even = all(divisible(x.shape[-1], *x.stride()[:-1]) for x in (*xs, *outs))
+        even = wide(*xs, *outs)
         parts = 4 if not even else xs[0].element_size() // 2
         choice = choice._replace(block_s=max(1, choice.block_s // parts))
     widths = tuple(out.shape[2] for out in outs)

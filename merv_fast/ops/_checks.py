@@ -69,6 +69,8 @@ def check_layers(
         check_alike(op, f"biases[{layer}]", bias, x_name, x)
         if weight.ndim != 2 or weight.shape[1] != width:
             raise ValueError(f"{op}: weights[{layer}] must be [out, {width}], got shape {tuple(weight.shape)}")
+        if not weight.shape[0]:
+            raise ValueError(f"{op}: weights[{layer}] must have at least one row, got shape {tuple(weight.shape)}")
         width = weight.shape[0]
         if bias.ndim != 1 or bias.shape[0] != width:
             raise ValueError(f"{op}: biases[{layer}] must be [{width}], got shape {tuple(bias.shape)}")

@@ -64,8 +64,8 @@ def fuse_encoders(values: Sequence[Tensor], query: Tensor, bias: Tensor) -> tupl
     check_floating(op, "values[0]", first)
     for e, value in enumerate(values):
         check_alike(op, f"values[{e}]", value, "values[0]", first)
-        if value.ndim != 3 or value.shape[1] < 1:
-            raise ValueError(f"{op}: values[{e}] must be [B, S, D], got shape {tuple(value.shape)}")
+        if value.ndim != 3 or 0 in value.shape[1:]:
+            raise ValueError(f"{op}: values[{e}] must be [B, S, D], S and D at least 1, got shape {tuple(value.shape)}")
     B, S, D = first.shape[0], _length(values), first.shape[2]
     for e, value in enumerate(values):
         if value.shape[0] != B or value.shape[1] not in (1, S) or value.shape[2] != D:

@@ -16,19 +16,24 @@ collect_ignore = ["test_launching.py"] if torch.cuda.is_available() else []
 
 
 @pytest.fixture(autouse=not torch.cuda.is_available())
-def products_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the interpreter multiply the numbers, and not their bits taken for integers."""
-    create_dot = interpreter.InterpreterBuilder.create_dot
+def right_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the interpreter round to bfloat16 as a GPU does, and multiply its numbers, not their bits as integers."""
+    convert, create_dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+
+    def converted(data: np.ndarray, source: tl.dtype, target: tl.dtype, rounding: object) -> np.ndarray:
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(data, source, target, rounding)
+        return torch.from_numpy(np.array(data)).bfloat16().view(torch.int16).numpy().view(np.uint16)
 
     def widened(x: interpreter.TensorHandle) -> interpreter.TensorHandle:
         if x.dtype != tl.bfloat16:
             return x
-        data = interpreter._convert_float(x.data, tl.bfloat16, tl.float32, None).view(np.float32)
-        return interpreter.TensorHandle(data, tl.float32)
+        return interpreter.TensorHandle(convert(x.data, tl.bfloat16, tl.float32, None).view(np.float32), tl.float32)
 
     def dot(self, a, b, *rest):
         return create_dot(self, widened(a), widened(b), *rest)
 
+    monkeypatch.setattr(interpreter, "_convert_float", converted)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
 
 

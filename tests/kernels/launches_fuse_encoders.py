@@ -26,9 +26,13 @@ def fuse(dtype, B, lengths, D):
 
 @case("fuse_encoders: backward of the collapsed tail, ones", 1, [1], 1)
 @case("fuse_encoders: backward of the collapsed tail", 1, [1024, 1024, 768, 768])
+@case("fuse_encoders: backward of the collapsed tail, odd width", 1, [33])
+@case("fuse_encoders: backward of the collapsed tail, float16, odd width", 1, [33], 1024, torch.float16)
+@case("fuse_encoders: backward of the collapsed tail, float16, odd widths", 2, [769] * 5, 257, torch.float16)
+@case("fuse_encoders: backward of the collapsed tail, eight, odd widths", 2, [769] * 8, 1024, torch.float16)
 @case("fuse_encoders: backward of the collapsed tail of MLPs, batch of 8", 8, [4096] * 4)
-def tail(B, widths, S=1024):
-    grads, values = ([meta(B, S, D) for D in widths] for _ in range(2))
+def tail(B, widths, S=1024, dtype=torch.bfloat16):
+    grads, values = ([meta(B, S, D, dtype=dtype) for D in widths] for _ in range(2))
     dw, _ = _blend.dots(grads, values)
     vectors = [meta(D, dtype=torch.float32) for D in widths]
     _blend.blend(dw, grads=grads, ds=dw, vectors=vectors, dvalues=grads, values=values, weighed=values)

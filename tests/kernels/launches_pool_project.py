@@ -39,9 +39,14 @@ def project_dependent(widths, persistent):
 @case("matrices", torch.bfloat16, WIDTHS, D)
 @case("matrices: float32, MLP", torch.float32, [D] * 4, D)
 @case("matrices: eight, odd width", torch.bfloat16, [769] * 8, 769)
+@case("matrices: float16, odd width", torch.float16, [769], 4096)
+@case("matrices: float16, odd height and width", torch.float16, [769], 767)
+@case("matrices: eight, misaligned", torch.bfloat16, [1024] * 8, D, 1)
+@case("matrices: eight, float16, misaligned", torch.float16, [1024] * 8, D, 1)
+@case("matrices: eight, float32, misaligned", torch.float32, [1024] * 8, D, 1)
 @case("matrices: ones", torch.float16, [1], 1)
-def pass_over_matrices(dtype, widths, D):
-    weights, query = [meta(D, C, dtype=dtype) for C in widths], meta(D, dtype=dtype)
+def pass_over_matrices(dtype, widths, D, start=0):
+    weights, query = [meta(D, C + 16 * start, dtype=dtype)[:, start : start + C] for C in widths], meta(D, dtype=dtype)
     means, _ = _scoring.scoring(weights, query)
     _scoring.scoring(weights, query, [query] * len(weights), meta(len(weights), dtype=dtype))
     _outer.add_outer(weights, weights, query, means)

@@ -208,6 +208,11 @@ ERRORS = [
     ),
     ({"weights": [W, W.T]}, ValueError, "weights[1] must be [out, 8], got shape (8, 4)"),
     ({"weights": [D4, W]}, ValueError, "weights[0] must be [out, 8], got shape (4,)"),
+    (
+        {"weights": [W[:0]] * 2, "biases": [D4[:0]] * 2, "query": D4[:0]},
+        ValueError,
+        "weights[0] must have at least one row, got shape (0, 8)",
+    ),
     ({"biases": [D4, D4[1:]]}, ValueError, "biases[1] must be [4], got shape (3,)"),
     (
         {"weights": [W, W[1:]], "biases": [D4, D4[1:]]},
