@@ -2,6 +2,7 @@
 
 import math
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -49,9 +50,10 @@ def take_turns(
 ) -> list[list[float]]:
     """Milliseconds of every run of every way, one of each in turn, so that their ratios survive a busy machine.
 
-    A way is one or more calls that do the same with different tensors and are rotated through. On CUDA a buffer
-    larger than L2 is written before each run, outside of what is timed. The GPU then waits for the call, so that one
-    that launches more slowly than the GPU works is timed as slow as it launches.
+    The order within a turn is drawn anew each time: in caches and allocators a way finds what another has left there,
+    and the first of a turn finds nothing. A way is one or more calls that do the same with different tensors and are
+    rotated through. On CUDA a buffer larger than L2 is written before each run, outside of what is timed. The GPU then
+    waits for the call, so that one that launches more slowly than the GPU works is timed as slow as it launches.
 
     Args:
         ways: at least one, each of at least one call.
@@ -75,10 +77,14 @@ def take_turns(
         if elapsed >= seconds * len(ways) and warmed >= max(map(len, ways)):
             break
     repeats = repeats_in(seconds * len(ways), elapsed / warmed, least)
-    taken = [[run(turn, calls) for calls in ways] for turn in range(repeats)]
+    taken: list[list[Callable[[], float]]] = [[] for _ in ways]
+    shuffled = random.Random(0)
+    for turn in range(repeats):
+        for way in shuffled.sample(range(len(ways)), len(ways)):
+            taken[way].append(run(turn, ways[way]))
     if device == "cuda":
         torch.cuda.synchronize()
-    return [[read() for read in reads] for reads in zip(*taken, strict=True)]
+    return [[read() for read in reads] for reads in taken]
 
 
 def time_on_cpu(call: Call) -> Callable[[], float]:

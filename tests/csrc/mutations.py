@@ -24,10 +24,9 @@ POOL = header(
     (": begin(index * size / count)", ": begin((index * size + count - 1) / count)"),
     ("end(((index + 1) * size + count - 1) / count)", "end((index + 1) * size / count)"),
     ("(slots.end - slots.begin) * (rows.end", "(rows.end"),
-    (
-        "std::fill_n(sum, channels, Sum<Element>{});",
-        "if (first == 0) std::fill_n(sum, kBlock, Sum<Element>{});",
-    ),
+    ("if (first < s.C) block", "if (first + 1 < s.C) block"),
+    ("* s.token_stride + first;", "* s.token_stride;"),
+    ("out[first + c]", "out[c]"),
     ("slot * s.slot_stride", "slot * s.H * s.W * s.token_stride"),
     ("x + b * s.video_stride", "x + b * s.T * s.slot_stride"),
     library=True,
