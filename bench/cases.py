@@ -222,11 +222,11 @@ def tail_training_cases(setup: Setup) -> Iterator[Case]:
         return trained(run, plain, xs, grad, plain.query)
 
     def cost(xs: list[Tensor], tail: Tail, plain: nn.Module, grad: Tensor) -> Cost:
-        # For each product two more in the backward; the maps and matrices are read again, the tokens' gradient is
-        # read and those of the matrices are written.
+        # One product more in the backward, for the matrices; the maps and matrices are read again, the tokens' gradient
+        # is read and those of the matrices are written.
         forward = tail_kernels.cost(*tail_arguments(setup, xs, tail))
         matrices = sum(p.numel() for p in tail.projectors.parameters()) * grad.element_size()
-        return Cost(3 * forward.flops, 2 * forward.bytes + matrices)
+        return Cost(2 * forward.flops, 2 * forward.bytes + matrices)
 
     for B in setup.shapes.batches:
 

@@ -24,6 +24,8 @@ Backward, with G = dL/dtokens and g = dL/dencoder_weights, per video:
     dP_e = w_e G^T h_e + query (ds_e mean_s(h_e))^T,   db_e = w_e sum_s G + ds_e query    (summed over videos)
     dquery = sum_e ds_e (P_e mean_s(h_e) + b_e),       dbias_e = ds_e                     (summed over videos)
 then back through the hidden layers and the pooling. h_e is recomputed: nothing but the inputs and w is kept.
+Where dh_e is not asked for, as of frozen encoders and linear projectors, Z_e is good for nothing but <Z_e, h_e>, which
+is <P_e, G^T h_e> too, a product that dP_e needs anyway.
 
 Source: the tail of MERV (arXiv 2501.01426): projectors `avg`, `3davg`, fusion `cross_attention_avg_lq`.
 """
@@ -161,18 +163,23 @@ def reference(
     return tokens.add_((encoder_weights @ b)[:, None]), encoder_weights
 
 
+LEAST_TOKENS = 32
+"""Of a video, for `products`: with fewer its passes over matrices take longer than the product that it saves."""
+
+
 class Passes(NamedTuple):
-    """The functions below of the same names, or kernels that do the same."""
+    """The functions below of the same names, or kernels that do the same; without ``products``, Z is always formed."""
 
     score_vectors: Callable[[list[Tensor], Tensor], list[Tensor]]
     dots: Callable[[list[Tensor], list[Tensor]], tuple[Tensor, Tensor]]
     blend: Callable[..., None]
     add_outer: Callable[[list[Tensor], list[Tensor], Tensor, list[Tensor]], Tensor]
+    products: Callable[..., tuple[Tensor, Tensor, list[Tensor]]] | None = None
 
 
 def reference_backward(*arguments: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
     """The formulas above, their passes over tokens and matrices in PyTorch."""
-    return backward(Passes(score_vectors, dots, blend, add_outer), *arguments)
+    return backward(Passes(score_vectors, dots, blend, add_outer, products), *arguments)
 
 
 def kernel_backward(*arguments: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
@@ -207,27 +214,36 @@ def backward(
         for e, x in enumerate(xs)
     ]
     hidden = [hidden_layers(pooled[e], weights[own[e]], biases[own[e]]) for e in range(len(xs))]
-    Z = [G @ P_e for P_e in P]
-    dw, means = passes.dots(Z, hidden)
+    needs_hidden = needs_xs or L > 1
+    # In float16 products may overflow that w_e has not made small yet.
+    unfit = G.shape[1] < LEAST_TOKENS or G.dtype == torch.float16
+    if passes.products is None or needs_hidden or unfit:
+        Z = [G @ P_e for P_e in P]
+        dw, means = passes.dots(Z, hidden)
+        # In place: h becomes w h.
+        passes.blend(w, values=hidden, weighed=hidden)
+        rows = G.flatten(0, 1)
+        dP = [rows.T @ h.flatten(0, 1) for h in hidden]
+    else:
+        dw, means, dP = passes.products(G, P, hidden, w)
     ds = softmax_backward(dw + G_sum @ b.T + grad_encoder_weights, w)
 
-    # In place: Z becomes dh, and h becomes w h.
-    if needs_xs or L > 1:
-        passes.blend(w, grads=Z, ds=ds, vectors=passes.score_vectors(P, query), dvalues=Z)
-    passes.blend(w, values=hidden, weighed=hidden)
     weighed_means = [ds[:, e] @ mean for e, mean in enumerate(means.split([h.shape[2] for h in hidden], 1))]
-    rows = G.flatten(0, 1)
-    dP = [rows.T @ h.flatten(0, 1) for h in hidden]
     dquery = ds.sum(0) @ b + passes.add_outer(dP, P, query, weighed_means)
-    dxs, dweights, dbiases = [], [], []
-    for e in range(len(xs)):
-        dpooled, dW, db = hidden_layers_backward(Z[e], pooled[e], weights[own[e]], biases[own[e]], needs_xs)
-        dweights += [*dW, dP[e]]
-        dbiases += [*db, (w[:, e] @ G_sum + ds[:, e].sum() * q).to(G.dtype)]
-        if dpooled is not None:
-            maps = dpooled.unflatten(1, (out_slots, -1))
-            grid = grids[2 * e : 2 * e + 2]
-            dxs.append(torch.ops.merv_fast.pool_tokens_backward.default(maps, grid, out_grid, xs[e].shape[1]))
+    db = [(w[:, e] @ G_sum + ds[:, e].sum() * q).to(G.dtype) for e in range(len(xs))]
+    dxs, dweights, dbiases = [], dP, db
+    if needs_hidden:
+        # In place: Z becomes dh.
+        passes.blend(w, grads=Z, ds=ds, vectors=passes.score_vectors(P, query), dvalues=Z)
+        dweights, dbiases = [], []
+        for e in range(len(xs)):
+            dpooled, dW, db_hidden = hidden_layers_backward(Z[e], pooled[e], weights[own[e]], biases[own[e]], needs_xs)
+            dweights += [*dW, dP[e]]
+            dbiases += [*db_hidden, db[e]]
+            if dpooled is not None:
+                maps = dpooled.unflatten(1, (out_slots, -1))
+                grid = grids[2 * e : 2 * e + 2]
+                dxs.append(torch.ops.merv_fast.pool_tokens_backward.default(maps, grid, out_grid, xs[e].shape[1]))
     return dxs, dweights, dbiases, dquery.to(query.dtype), ds.sum(0).to(query.dtype)
 
 
@@ -240,15 +256,28 @@ def score_vectors(P: list[Tensor], query: Tensor) -> list[Tensor]:
 def dots(grads: list[Tensor], values: list[Tensor]) -> tuple[Tensor, Tensor]:
     """``(<G_e, V_e> [B, E], mean_s(V_e) side by side [B, sum D_e])`` per video, in the dtype sums are made in."""
     dtype = torch.promote_types(values[0].dtype, torch.float32)
-    products = [(G.to(dtype) * V).sum((1, 2)) for G, V in zip(grads, values, strict=True)]
-    return torch.stack(products, 1), torch.cat([V.mean(1, dtype=dtype) for V in values], 1)
+    dw = [(G.to(dtype) * V).sum((1, 2)) for G, V in zip(grads, values, strict=True)]
+    return torch.stack(dw, 1), torch.cat([V.mean(1, dtype=dtype) for V in values], 1)
+
+
+def products(G: Tensor, P: list[Tensor], values: list[Tensor], w: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """`dots` of ``G P_e`` and the values, and ``sum_b w_be R_be``: with ``R_be = G_b^T V_be``, video after video."""
+    dw, sums = torch.empty_like(w), []
+    for e, (P_e, V) in enumerate(zip(P, values, strict=True)):
+        total = w.new_zeros(P_e.shape)
+        for video in range(G.shape[0]):
+            R = (G[video].T @ V[video]).to(w.dtype)
+            dw[video, e] = (R * P_e).sum()
+            total.addcmul_(R, w[video, e])
+        sums.append(total.to(P_e.dtype))
+    return dw, torch.cat([V.mean(1, dtype=w.dtype) for V in values], 1), sums
 
 
 def add_outer(grads: list[Tensor], P: list[Tensor], query: Tensor, means: list[Tensor]) -> Tensor:
     """Add ``query m_e^T`` to ``grads[e] [D, C_e]``, and return ``sum_e P_e m_e``."""
     q = query.to(means[0].dtype)
     for grad, mean in zip(grads, means, strict=True):
-        grad.copy_(grad + torch.outer(q, mean))
+        torch.addr(grad, q, mean, out=grad)
     return torch.stack([P_e.to(q.dtype) @ mean for P_e, mean in zip(P, means, strict=True)]).sum(0)
 
 

@@ -91,15 +91,19 @@ def test_gradients_are_those_of_the_uncollapsed_form(shape):
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("frozen", [False, True], ids=["all", "frozen"])
 @pytest.mark.parametrize("name", ["merv", "three-layers-fewer-slots"])
-def test_gradients_within_budget_of_each_dtype(name, dtype):
+def test_gradients_within_budget_of_each_dtype(name, frozen, dtype):
     arguments = case(SHAPES[name], dtype, requires_grad=True)
     wide, low = to(arguments, torch.float64, True), to(arguments, dtype, True)
     grad = torch.randn_like(one_after_the_other(*arguments)[0])
+    for x in arguments[0] if frozen else []:
+        x.requires_grad_(False)
     pool_project_fuse(*arguments)[0].backward(grad)
     one_after_the_other(*wide)[0].backward(grad.double())
     one_after_the_other(*low)[0].backward(grad)
-    for got, exact, rough in zip(*map(tensors_of, (arguments, wide, low)), strict=True):
+    compared = slice(len(arguments[0]) if frozen else 0, None)
+    for got, exact, rough in zip(*(tensors_of(one)[compared] for one in (arguments, wide, low)), strict=True):
         assert got.grad.dtype == dtype
         assert (got.grad.double() - exact.grad).abs().max() <= low_precision(rough.grad, exact.grad)
 
@@ -118,6 +122,23 @@ def test_frozen_features_cost_no_gradient(name):
         *grads, xs, weights, biases, query, frozen[1].detach(), *how, False
     )
     assert dxs == []
+
+
+def test_gradients_of_an_empty_batch_are_zero():
+    xs, weights, *rest = case(SHAPES["merv"], requires_grad=True)
+    tokens, _ = pool_project_fuse([x[:0].detach() for x in xs], weights, *rest)
+    for grad in torch.autograd.grad(tokens.sum(), weights):
+        assert not grad.any()
+
+
+def test_float16_gradients_fit_where_an_encoder_weighs_little():
+    """Before they are weighed, the sums of its products do not."""
+    xs, weights, biases, query, bias, *how = case(SHAPES["merv"], torch.float16, requires_grad=True)
+    bias = torch.tensor([-8.0, 0, 0, 0], dtype=torch.float16)
+    tokens, _ = pool_project_fuse([torch.full_like(x, 10) for x in xs], weights, biases, query * 0, bias, *how)
+    (grad,) = torch.autograd.grad(tokens, weights[0], torch.full_like(tokens, 100))
+    assert grad.isfinite().all()
+    assert grad.any()
 
 
 def test_one_encoder_frozen():
