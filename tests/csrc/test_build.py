@@ -48,6 +48,7 @@ LOOPS = {
     "resample_wide": "vpmulld.*%ymm",
     "resample_column_row": "vpmulld.*%ymm",
     "4poolEPKf": "vaddps.*%ymm",
+    "4poolEPKNS_7Float16E": "vdivps.*%ymm",
     "4meanERKNS_6TokensIfE": "vaddps.*%ymm",
     "5weighEPKNS_6TokensIfE": "vmulps.*%ymm",
 }
@@ -62,8 +63,8 @@ def test_hot_loops_are_vectorised(tmp_path):
         '#include "merv_fast/fuse.h"\n#include "merv_fast/pool.h"\n#include "merv_fast/resample.h"\n'
         "using namespace merv_fast;\n"
         "void f(const float* x, const PoolShape& s, const Tokens<float>& t, const FrameResampler& r, float* out,\n"
-        "       uint8_t* bytes, ResampleScratch& scratch) {\n"
-        "  pool(x, s, 0, 1, out); mean(t, 256, out); weigh(&t, x, 4, 999, 0, 9, out);\n"
+        "       Float16* half, uint8_t* bytes, ResampleScratch& scratch) {\n"
+        "  pool(x, s, 0, 1, out); pool(half, s, 0, 1, half); mean(t, 256, out); weigh(&t, x, 4, 999, 0, 9, out);\n"
         "  r(bytes, 1, 1, 1, bytes, scratch);\n"
         "}\n"
     )
