@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +34,7 @@ from merv_fast.kernels import fuse_encoders as fuse_kernels
 from merv_fast.kernels import pool_tokens as pool_kernels
 from merv_fast.kernels import temporal_attention as temporal_kernels
 from merv_fast.kernels._launch import Cost, capability
+from merv_fast.ops import _tail_passes
 
 KERNELS = Path(pool_kernels.__file__).parent
 GAIN = 1.02
@@ -199,7 +199,7 @@ def scoring(device: str) -> Iterator[Case]:
 
 def passes(device: str, which: str) -> Iterator[Case]:
     """`dots` or `blend` in the backward of MERV's collapsed tail."""
-    setup, op = setup_on(device), import_module("merv_fast.ops.pool_project_fuse")
+    setup = setup_on(device)
 
     def dots(call: Callable, w: Tensor, ds: Tensor, grads: list, values: list, vectors: list) -> Any:
         return call(grads, values)
@@ -221,13 +221,14 @@ def passes(device: str, which: str) -> Iterator[Case]:
             grads, values = ([setup.rand(B, MERV.S, C) for C in MERV.widths] for _ in range(2))
             return w, ds, grads, values, [torch.randn(C, device=device) for C in MERV.widths]
 
-        ours, plainly = ((partial(dots if which == "dots" else blend, getattr(place, which))) for place in (_blend, op))
+        run = dots if which == "dots" else blend
+        ours, plainly = (partial(run, getattr(place, which)) for place in (_blend, _tail_passes))
         yield Case(which, B, make, plainly, [Way(OURS, ours, [plainly])], cost)
 
 
 def outer(device: str) -> Iterator[Case]:
     """`add_outer` to copies of the gradients, in the backward of MERV's collapsed tail."""
-    setup, op = setup_on(device), import_module("merv_fast.ops.pool_project_fuse")
+    setup = setup_on(device)
 
     def add(call: Callable, grads: list, weights: list, query: Tensor, means: list) -> Any:
         copies = [grad.clone() for grad in grads]
@@ -241,7 +242,7 @@ def outer(device: str) -> Iterator[Case]:
         grads, weights = ([setup.rand(MERV.D, C) for C in MERV.widths] for _ in range(2))
         return grads, weights, setup.rand(MERV.D), [torch.randn(C, device=device) for C in MERV.widths]
 
-    ours, plainly = (partial(add, place.add_outer) for place in (_outer, op))
+    ours, plainly = (partial(add, place.add_outer) for place in (_outer, _tail_passes))
     yield Case("outer", 1, make, plainly, [Way(OURS, ours, [plainly])], cost)
 
 

@@ -30,8 +30,8 @@ is <P_e, G^T h_e> too, a product that dP_e needs anyway.
 Source: the tail of MERV (arXiv 2501.01426): projectors `avg`, `3davg`, fusion `cross_attention_avg_lq`.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,9 +48,10 @@ from merv_fast.ops._checks import (
     check_layers,
     check_maps,
 )
-from merv_fast.ops._hidden_layers import hidden_layers, hidden_layers_backward
+from merv_fast.ops._hidden_layers import hidden_layers
 from merv_fast.ops._kernels import register_kernel
-from merv_fast.ops.fuse_encoders import softmax_backward
+from merv_fast.ops._tail_backward import kernel_backward, reference_backward
+from merv_fast.ops._tail_passes import score_vectors
 
 __all__ = ["pool_project_fuse"]
 
@@ -161,142 +162,6 @@ def reference(
     weighed = zip(encoder_weights[:, :, None, None].unbind(1), hidden, strict=True)
     tokens = F.linear(torch.cat([(w * h).to(h.dtype) for w, h in weighed], 2), torch.cat(P, 1))
     return tokens.add_((encoder_weights @ b)[:, None]), encoder_weights
-
-
-LEAST_TOKENS = 32
-"""Of a video, for `products`: with fewer its passes over matrices take longer than the product that it saves."""
-
-
-class Passes(NamedTuple):
-    """The functions below of the same names, or kernels that do the same; without ``products``, Z is always formed."""
-
-    score_vectors: Callable[[list[Tensor], Tensor], list[Tensor]]
-    dots: Callable[[list[Tensor], list[Tensor]], tuple[Tensor, Tensor]]
-    blend: Callable[..., None]
-    add_outer: Callable[[list[Tensor], list[Tensor], Tensor, list[Tensor]], Tensor]
-    products: Callable[..., tuple[Tensor, Tensor, list[Tensor]]] | None = None
-
-
-def reference_backward(*arguments: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
-    """The formulas above, their passes over tokens and matrices in PyTorch."""
-    return backward(Passes(score_vectors, dots, blend, add_outer, products), *arguments)
-
-
-def kernel_backward(*arguments: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
-    """The formulas above, with kernels for their passes over tokens and matrices."""
-    from merv_fast.kernels import _blend, _outer, _scoring
-
-    passes = Passes(lambda P, query: _scoring.scoring(P, query)[0], _blend.dots, _blend.blend, _outer.add_outer)
-    return backward(passes, *arguments)
-
-
-def backward(
-    passes: Passes,
-    grad_tokens: Tensor,
-    grad_encoder_weights: Tensor,
-    xs: list[Tensor],
-    weights: list[Tensor],
-    biases: list[Tensor],
-    query: Tensor,
-    encoder_weights: Tensor,
-    grids: list[int],
-    out_grid: list[int],
-    out_slots: int,
-    needs_xs: bool,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
-    """dw of every encoder first, as the softmax couples them, then encoder by encoder."""
-    G, w, dtype, L = grad_tokens, encoder_weights, encoder_weights.dtype, len(weights) // len(xs)
-    P, b = weights[L - 1 :: L], torch.stack(biases[L - 1 :: L]).to(dtype)
-    q, G_sum = query.to(dtype), G.sum(1, dtype=dtype)
-    own = [slice(e * L, (e + 1) * L - 1) for e in range(len(xs))]
-    pooled = [
-        torch.ops.merv_fast.pool_tokens.default(x, grids[2 * e : 2 * e + 2], out_grid, out_slots).flatten(1, 2)
-        for e, x in enumerate(xs)
-    ]
-    hidden = [hidden_layers(pooled[e], weights[own[e]], biases[own[e]]) for e in range(len(xs))]
-    needs_hidden = needs_xs or L > 1
-    # In float16 products may overflow that w_e has not made small yet.
-    unfit = G.shape[1] < LEAST_TOKENS or G.dtype == torch.float16
-    if passes.products is None or needs_hidden or unfit:
-        Z = [G @ P_e for P_e in P]
-        dw, means = passes.dots(Z, hidden)
-        # In place: h becomes w h.
-        passes.blend(w, values=hidden, weighed=hidden)
-        rows = G.flatten(0, 1)
-        dP = [rows.T @ h.flatten(0, 1) for h in hidden]
-    else:
-        dw, means, dP = passes.products(G, P, hidden, w)
-    ds = softmax_backward(dw + G_sum @ b.T + grad_encoder_weights, w)
-
-    weighed_means = [ds[:, e] @ mean for e, mean in enumerate(means.split([h.shape[2] for h in hidden], 1))]
-    dquery = ds.sum(0) @ b + passes.add_outer(dP, P, query, weighed_means)
-    db = [(w[:, e] @ G_sum + ds[:, e].sum() * q).to(G.dtype) for e in range(len(xs))]
-    dxs, dweights, dbiases = [], dP, db
-    if needs_hidden:
-        # In place: Z becomes dh.
-        passes.blend(w, grads=Z, ds=ds, vectors=passes.score_vectors(P, query), dvalues=Z)
-        dweights, dbiases = [], []
-        for e in range(len(xs)):
-            dpooled, dW, db_hidden = hidden_layers_backward(Z[e], pooled[e], weights[own[e]], biases[own[e]], needs_xs)
-            dweights += [*dW, dP[e]]
-            dbiases += [*db_hidden, db[e]]
-            if dpooled is not None:
-                maps = dpooled.unflatten(1, (out_slots, -1))
-                grid = grids[2 * e : 2 * e + 2]
-                dxs.append(torch.ops.merv_fast.pool_tokens_backward.default(maps, grid, out_grid, xs[e].shape[1]))
-    return dxs, dweights, dbiases, dquery.to(query.dtype), ds.sum(0).to(query.dtype)
-
-
-def score_vectors(P: list[Tensor], query: Tensor) -> list[Tensor]:
-    """``a_e = P_e^T query``, in the dtype sums are made in."""
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    return [query.to(dtype) @ P_e.to(dtype) for P_e in P]
-
-
-def dots(grads: list[Tensor], values: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """``(<G_e, V_e> [B, E], mean_s(V_e) side by side [B, sum D_e])`` per video, in the dtype sums are made in."""
-    dtype = torch.promote_types(values[0].dtype, torch.float32)
-    dw = [(G.to(dtype) * V).sum((1, 2)) for G, V in zip(grads, values, strict=True)]
-    return torch.stack(dw, 1), torch.cat([V.mean(1, dtype=dtype) for V in values], 1)
-
-
-def products(G: Tensor, P: list[Tensor], values: list[Tensor], w: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """`dots` of ``G P_e`` and the values, and ``sum_b w_be R_be``: with ``R_be = G_b^T V_be``, video after video."""
-    dw, sums = torch.empty_like(w), []
-    for e, (P_e, V) in enumerate(zip(P, values, strict=True)):
-        total = w.new_zeros(P_e.shape)
-        for video in range(G.shape[0]):
-            R = (G[video].T @ V[video]).to(w.dtype)
-            dw[video, e] = (R * P_e).sum()
-            total.addcmul_(R, w[video, e])
-        sums.append(total.to(P_e.dtype))
-    return dw, torch.cat([V.mean(1, dtype=w.dtype) for V in values], 1), sums
-
-
-def add_outer(grads: list[Tensor], P: list[Tensor], query: Tensor, means: list[Tensor]) -> Tensor:
-    """Add ``query m_e^T`` to ``grads[e] [D, C_e]``, and return ``sum_e P_e m_e``."""
-    q = query.to(means[0].dtype)
-    for grad, mean in zip(grads, means, strict=True):
-        torch.addr(grad, q, mean, out=grad)
-    return torch.stack([P_e.to(q.dtype) @ mean for P_e, mean in zip(P, means, strict=True)]).sum(0)
-
-
-def blend(
-    w: Tensor,
-    *,
-    grads: Sequence[Tensor] = (),
-    ds: Tensor | None = None,
-    vectors: Sequence[Tensor] = (),
-    dvalues: Sequence[Tensor] = (),
-    values: Sequence[Tensor] = (),
-    weighed: Sequence[Tensor] = (),
-) -> None:
-    """Write ``dvalues[e] = w_e G_e + ds_e vectors[e] / S``, and ``weighed[e] = w_e V_e``; in place, if asked to."""
-    for e, (out, G, vector) in enumerate(zip(dvalues, grads, vectors, strict=True)):
-        assert ds is not None
-        out.copy_(w[:, e, None, None] * G + ds[:, e, None, None] * (vector / G.shape[1]))
-    for e, (out, V) in enumerate(zip(weighed, values, strict=True)):
-        out.copy_(w[:, e, None, None] * V)
 
 
 torch.library.impl("merv_fast::pool_project_fuse", "default", reference)

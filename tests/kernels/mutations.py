@@ -106,7 +106,7 @@ POOL_PROJECT_FUSE = of(
 )
 
 POOL_PROJECT_FUSE_BACKWARD = of(
-    "ops/pool_project_fuse.py",
+    "ops/_tail_backward.py",
     "test_pool_project_fuse.py",
     (
         "return backward(passes, *arguments)",

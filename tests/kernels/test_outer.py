@@ -1,19 +1,16 @@
 """The kernel for what scores add to gradients: any shape and strides, not-finite numbers, matrices far apart."""
 
-import importlib
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from merv_fast.kernels import _outer
+from merv_fast.ops import _tail_passes
 from tests.budgets import low_precision
 from tests.kernels.drawing import drawn, laid_out, layouts
 from tests.kernels.memory import far_apart
 from tests.kernels.test_gemm import DTYPES
-
-op = importlib.import_module("merv_fast.ops.pool_project_fuse")
 
 
 @pytest.fixture(autouse=not torch.cuda.is_available())
@@ -39,7 +36,7 @@ def test_any_shape_and_strides(device, widths, D, dtype, layouts, gap):
 
     def expected(dtype, wide):
         added = [grad.to(dtype, copy=True) for grad in grads]
-        out = op.add_outer(
+        out = _tail_passes.add_outer(
             added, [weight.to(dtype) for weight in weights], query.to(dtype), [mean.to(wide) for mean in means]
         )
         return [*added, out]

@@ -1,7 +1,5 @@
 """The kernel for score vectors and their offsets: any shape and strides, not-finite numbers, one matrix far apart."""
 
-import importlib
-
 import pytest
 import torch
 from hypothesis import given
@@ -9,12 +7,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from merv_fast.kernels import _scoring
+from merv_fast.ops import _tail_passes
 from tests.budgets import low_precision
 from tests.kernels.drawing import drawn, laid_out, layouts
 from tests.kernels.memory import far_apart
 from tests.kernels.test_gemm import DTYPES
-
-op = importlib.import_module("merv_fast.ops.pool_project_fuse")
 
 
 @pytest.fixture(autouse=not torch.cuda.is_available())
@@ -30,7 +27,7 @@ def expected(arguments: Arguments, dtype: torch.dtype) -> list[Tensor]:
     weights, query, biases, bias = (
         [t.to(dtype) for t in part] if isinstance(part, list) else part.to(dtype) for part in arguments
     )
-    return [*op.score_vectors(weights, query), torch.stack([(b * query).sum() for b in biases]) + bias]
+    return [*_tail_passes.score_vectors(weights, query), torch.stack([(b * query).sum() for b in biases]) + bias]
 
 
 def check(arguments: Arguments) -> None:
